@@ -1,0 +1,91 @@
+"""What commands share: options, progress on a terminal, and JSON on request."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def options(*decorators: Decorator) -> Decorator:
+    """Several click options as one decorator."""
+
+    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+debug_option = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads for torch (default: torch's own)."
+)
+seed_option = click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of generated inputs."
+)
+architecture_options = options(
+    click.option(
+        "--model",
+        metavar="MODULE:FACTORY",
+        help="A function or class that builds the architecture, such as net:Net or net.py:Net.",
+    ),
+    click.option(
+        "--trust-pickle",
+        is_flag=True,
+        help="Unpickle a file that is not plain torch.nn. This RUNS CODE that is in the file.",
+    ),
+)
+
+
+def set_threads(threads: int | None) -> None:
+    """Set torch's number of threads, if one was given."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def print_json(data: Any) -> None:
+    """Print ``data`` as JSON."""
+    click.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+@contextmanager
+def progress_bar(title: str, *, enabled: bool = True) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on standard error while the block runs; nothing where that is not a terminal."""
+    if not enabled or not sys.stderr.isatty():
+        yield lambda done, total, name: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None, name="")
+
+        def update(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, name=name)
+
+        yield update

@@ -1,0 +1,57 @@
+"""``qkit compare``."""
+
+from __future__ import annotations
+
+import click
+from qkit.cli.common import (
+    architecture_options,
+    debug_option,
+    json_option,
+    print_json,
+    seed_option,
+    set_threads,
+    threads_option,
+)
+
+
+@click.command()
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option("--input", "input_spec", metavar="SHAPE", help="Random inputs, such as 1x3x32x32.")
+@click.option(
+    "--calib", type=click.Path(), metavar="FILE.npz", help="Real inputs, by argument name."
+)
+@architecture_options
+@threads_option
+@seed_option
+@json_option
+@debug_option
+def command(
+    a: str,
+    b: str,
+    input_spec: str | None,
+    calib: str | None,
+    model: str | None,
+    trust_pickle: bool,
+    threads: int | None,
+    seed: int,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Show how model or artifact B differs from A, at the output and in each layer."""
+    from qkit.cli.table import print_comparison
+
+    from qkit.errors import UsageError
+    from qkit.flows import compare
+    from qkit.models import from_npz, parse_input_spec
+
+    if input_spec and calib:
+        raise UsageError("give --input or --calib, not both")
+    set_threads(threads)
+    inputs = parse_input_spec(input_spec, seed=seed) if input_spec else None
+    inputs = from_npz(calib) if calib else inputs
+    result = compare(a, b, inputs, model=model, trust_pickle=trust_pickle)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        print_comparison(result)

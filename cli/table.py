@@ -1,0 +1,232 @@
+"""Terminal tables; the numbers are the report's, nothing is computed here but units."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from qkit.flows import Comparison, Node, RatePoint
+from qkit.report import LayerRow, Report
+
+MAX_ROWS = 60
+
+
+def console() -> Console:
+    """Standard output; as wide as needed where it is not a terminal, so that nothing is cut."""
+    out = Console(highlight=False, markup=False)
+    return out if out.is_terminal else Console(highlight=False, markup=False, width=160)
+
+
+def size(count: float) -> str:
+    """Bytes with a decimal unit.
+
+    >>> size(950), size(1_234_000)
+    ('950 B', '1.23 MB')
+    """
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1000
+        del units[0]
+    return f"{count:.0f} B" if units[0] == "B" else f"{count:.3g} {units[0]}"
+
+
+def decibels(value: float | None, *, exact: str = "exact") -> str:
+    """An SQNR; None means that there is no error."""
+    return exact if value is None else f"{value:.1f} dB"
+
+
+def largest(value: float | None) -> str:
+    """A largest error; JSON has no infinity and says None."""
+    return "infinite" if value is None else f"{value:.3g}"
+
+
+def print_report(report: Report) -> None:
+    """The layers, then the totals and the verdict."""
+    out = console()
+    out.print(_layers(report.layers))
+    out.print(_totals(report))
+    for remark in report.remarks:
+        out.print(f"note: {remark}")
+
+
+def _layers(rows: list[LayerRow]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("layer", "kind", "shape"):
+        table.add_column(name, overflow="fold")
+    for name in ("params", "scheme", "bits/weight", "SQNR"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("why, or note", overflow="fold")
+    shown = rows if len(rows) <= MAX_ROWS else rows[: MAX_ROWS // 2] + rows[-MAX_ROWS // 2 :]
+    for index, row in enumerate(shown):
+        if len(shown) < len(rows) and index == MAX_ROWS // 2:
+            table.add_row(f"... {len(rows) - len(shown)} more (--json lists all)")
+        done = row.scheme is not None
+        table.add_row(
+            row.name or "(the model)",
+            row.kind,
+            "x".join(map(str, row.shape)),
+            f"{row.parameters:,}",
+            row.scheme or "float",
+            f"{row.bits_per_weight:.2f}" if row.bits_per_weight is not None else "",
+            decibels(row.sqnr_db) if done else "",
+            row.note or row.reason or "",
+            style=None if done else "dim",
+        )
+    return table
+
+
+def _totals(report: Report) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in summary(report).items():
+        table.add_row(name, text)
+    return table
+
+
+def summary(report: Report) -> dict[str, str]:
+    """The totals of a report in words, in reading order."""
+    cover, bytes_, lines = report.coverage, report.size_bytes, {}
+    lines["scheme"] = report.scheme_long
+    lines["coverage"] = (
+        f"{cover['fraction']:.1%} of {cover['parameters']:,} parameters; "
+        f"{cover['layers_quantized']} layers quantized, {cover['layers_left']} left in float"
+    )
+    algorithms = Counter(row.algorithm for row in report.layers if row.algorithm)
+    if algorithms:
+        lines["algorithm"] = ", ".join(f"{name} x{count}" for name, count in algorithms.items())
+    folder = f"; the folder takes {size(bytes_['folder'])}" if "folder" in bytes_ else ""
+    lines["size"] = (
+        f"{size(bytes_['source'])} -> {size(bytes_['artifact'])} ({bytes_['ratio']:.3f}x){folder}"
+    )
+    lines["error"] = _error(report)
+    if report.metrics:
+        for name, values in report.metrics.items():
+            lines[name] = ", ".join(f"{key} {value:g}" for key, value in values.items())
+    if report.latency_ms:
+        lines["latency"] = _latency(report)
+    if report.kernels:
+        lines["kernels"] = ", ".join(f"{name} x{count}" for name, count in report.kernels.items())
+    check = report.verification
+    if check.get("status") == "verified":
+        same = "bit-identical" if check["bit_identical"] else f"within {check['max_rel_error']:.2g}"
+        ways = " and ".join(c["way"] for c in check["checks"])
+        lines["verified"] = f"in a fresh process ({check['runtime']}; {ways}): {same}"
+    else:
+        lines["verified"] = f"no: {check.get('status', 'not run')}"
+    lines["cost"] = f"{report.seconds:.1f} s, peak memory {size(report.peak_rss_bytes)}"
+    if report.artifact:
+        lines["artifact"] = report.artifact
+    return lines
+
+
+def _error(report: Report) -> str:
+    error = report.error
+    if error["level"] == "weights":
+        return f"worst layer's weight SQNR {decibels(error['sqnr_db'])}"
+    return (
+        f"output SQNR {decibels(error['sqnr_db'])}, cosine {error['cosine']:.6f}, "
+        f"max abs {largest(error['max_abs'])} (inputs {error['inputs']})"
+    )
+
+
+def _latency(report: Report) -> str:
+    latency = report.latency_ms
+    sides = [
+        f"{name} {latency[name]['median']:.3g} ms [{latency[name]['p10']:.3g}, "
+        f"{latency[name]['p90']:.3g}]"
+        for name in ("float", "quantized")
+    ]
+    return (
+        f"{' -> '.join(sides)}: {latency['speedup']:.2f}x "
+        f"({latency['runtime']}, {latency['threads']} threads, median [p10, p90])"
+    )
+
+
+def print_comparison(result: Comparison) -> None:
+    """The layers, the worst first, then the output."""
+    out = console()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("layer", "a", "b", "of"):
+        table.add_column(name, overflow="fold")
+    for name in ("SQNR", "cosine", "max abs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    exact = float("inf")
+    worst = sorted(
+        result.layers, key=lambda d: exact if d.error.sqnr_db is None else d.error.sqnr_db
+    )
+    for row in worst[:MAX_ROWS]:
+        error = row.error
+        table.add_row(
+            row.name or "(the model)",
+            *row.kinds,
+            row.what,
+            decibels(error.sqnr_db),
+            f"{error.cosine:.6f}",
+            largest(error.max_abs),
+        )
+    out.print(table)
+    for side, names in (("a", result.only_in_a), ("b", result.only_in_b)):
+        if names:
+            out.print(f"only in {side}: {', '.join(names[:10])}")
+    if result.output is None:
+        out.print("the models could not be run, so weights were compared (see --model, --input)")
+    else:
+        error = result.output
+        out.print(
+            f"output: SQNR {decibels(error.sqnr_db)}, cosine {error.cosine:.6f}, "
+            f"max abs {largest(error.max_abs)} (inputs {result.inputs})",
+        )
+
+
+def print_rates(points: list[RatePoint]) -> None:
+    """Each weight under each scheme; rates in bits per weight."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("weight", "scheme"):
+        table.add_column(name, overflow="fold")
+    for name in ("stored", "entropy coded", "SQNR", "bound", "above bound"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for point in points:
+        rates = (point.stored, point.coded)
+        bounds = (point.bound, point.gap)
+        table.add_row(
+            point.name,
+            point.scheme,
+            *(f"{rate:.2f}" for rate in rates),
+            decibels(point.sqnr_db),
+            *("" if bound is None else f"{bound:.2f}" for bound in bounds),
+        )
+    out = console()
+    out.print(table)
+    out.print(
+        "bits per weight, scales included; the bound is the least that any code of Gaussian "
+        "weights needs for this SQNR"
+    )
+
+
+def print_tree(root: Node, depth: int) -> None:
+    """Modules below modules, with their share of the bytes."""
+    total = max(root.bytes, 1)
+
+    def label(node: Node, name: str) -> Text:
+        types = "/".join(node.dtypes)
+        text = Text(f"{name}  ", style="bold")
+        text.append(f"{node.kind}  {node.parameters:,} parameters  {size(node.bytes)}", style="")
+        text.append(f"  {node.bytes / total:.1%}  {types}", style="cyan")
+        text.append(f"  {node.note}" if node.note else "", style="dim")
+        return text
+
+    def fill(branch: Tree, node: Node, left: int) -> None:
+        for child in node.children:
+            if child.parameters or child.bytes:
+                below = branch.add(label(child, child.name))
+                if left > 1:
+                    fill(below, child, left - 1)
+
+    tree = Tree(label(root, "(the model)"))
+    fill(tree, root, depth)
+    console().print(tree)

@@ -1,0 +1,47 @@
+"""``qkit verify``."""
+
+from __future__ import annotations
+
+import click
+from qkit.cli.common import (
+    architecture_options,
+    debug_option,
+    json_option,
+    print_json,
+    quiet_option,
+    set_threads,
+    threads_option,
+)
+
+
+@click.command()
+@click.argument("artifact", type=click.Path())
+@click.option("--source", type=click.Path(), help="The model file that was quantized.")
+@architecture_options
+@threads_option
+@json_option
+@quiet_option
+@debug_option
+def command(
+    artifact: str,
+    source: str | None,
+    model: str | None,
+    trust_pickle: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Check the hashes of ARTIFACT and run it again in a fresh process."""
+    from qkit.flows import verify
+
+    set_threads(threads)
+    result = verify(artifact, model=model, source=source, trust_pickle=trust_pickle)
+    if as_json:
+        print_json(result)
+    elif not quiet:
+        ways = " and ".join(check["way"] for check in result["checks"])
+        same = (
+            "bit-identical" if result["bit_identical"] else f"within {result['max_rel_error']:.2g}"
+        )
+        click.echo(f"verified in a fresh process ({result['runtime']}; {ways}): {same}")

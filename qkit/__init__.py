@@ -1,0 +1,56 @@
+"""qkit: quantize a trained PyTorch model, and prove that the result works.
+
+    qmodel, report = qkit.quantize(model, "w8a16", inputs=x)
+    qkit.save(qmodel, "out", inputs=x, report=report)
+    model = qkit.load("out", into=MyModel)
+
+Importing ``qkit`` imports no torch; the first use of a name below does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qkit.errors import QkitError as QkitError
+    from qkit.flows.compare import compare as compare
+    from qkit.flows.inspect import inspect as inspect
+    from qkit.flows.quantize import quantize as quantize
+    from qkit.flows.save import save as save
+    from qkit.flows.verify import verify as verify
+    from qkit.report import Report as Report
+    from qkit.spec import Recipe as Recipe
+    from qkit.spec import Rule as Rule
+    from qkit.spec import Scheme as Scheme
+    from qkit.spec import parse as parse
+    from qkit.targets.torch import load as load
+
+_HOMES = {
+    "QkitError": "qkit.errors",
+    "Recipe": "qkit.spec",
+    "Report": "qkit.report",
+    "Rule": "qkit.spec",
+    "Scheme": "qkit.spec",
+    "compare": "qkit.flows",
+    "inspect": "qkit.flows",
+    "load": "qkit.targets.torch",
+    "parse": "qkit.spec",
+    "quantize": "qkit.flows",
+    "save": "qkit.flows",
+    "verify": "qkit.flows",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qkit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

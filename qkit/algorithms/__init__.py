@@ -1,0 +1,11 @@
+"""Algorithms: ``(weight, spec, stats) -> QTensor``. They see tensors, never modules."""
+
+from __future__ import annotations
+
+from qkit.algorithms.gptq import gptq as gptq
+from qkit.algorithms.rtn import rtn as rtn
+from qkit.algorithms.stats import Stats as Stats
+
+# Those that need nothing but the weight, and those that need statistics of the layer's inputs.
+DATA_FREE = {"rtn": rtn}
+CALIBRATED = {"gptq": gptq}

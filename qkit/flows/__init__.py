@@ -1,0 +1,13 @@
+"""What a user asks for, from start to end. The command line and ``qkit.*`` are these functions."""
+
+from qkit.flows.compare import Comparison as Comparison
+from qkit.flows.compare import compare as compare
+from qkit.flows.inspect import Node as Node
+from qkit.flows.inspect import inspect as inspect
+from qkit.flows.quantize import Request as Request
+from qkit.flows.quantize import quantize as quantize
+from qkit.flows.quantize import quantize_file as quantize_file
+from qkit.flows.rate import RatePoint as RatePoint
+from qkit.flows.rate import rate_distortion as rate_distortion
+from qkit.flows.save import save as save
+from qkit.flows.verify import verify as verify

@@ -1,0 +1,76 @@
+"""Calibration: run the float model on real data and learn what each layer's inputs look like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from qkit.algorithms import Stats
+from qkit.flows.evaluate import eval_mode
+from qkit.models import Inputs, batches, run
+from qkit.nn import QUANTIZED
+
+# Samples that are run at a time; the statistics do not depend on it.
+BATCH = 8
+# Bytes of statistics that are gathered in one pass over the data; large models take several.
+PASS_BYTES = 1 << 30
+# transformers' name for "which positions of [batch, length] are real".
+MASK = "attention_mask"
+
+
+def passes(layers: Mapping[str, nn.Module]) -> Iterator[list[str]]:
+    """The names of ``layers``, cut so that the statistics of each part fit in PASS_BYTES."""
+    part: list[str] = []
+    used = 0
+    for name, layer in layers.items():
+        size = 4 * int(_empty(layer).moment.numel())
+        if part and used + size > PASS_BYTES:
+            yield part
+            part, used = [], 0
+        part.append(name)
+        used += size
+    if part:
+        yield part
+
+
+def _empty(layer: Any) -> Stats:
+    return Stats.empty(getattr(layer, "groups", 1), layer.weight[0].numel())
+
+
+def collect(
+    model: nn.Module, layers: Mapping[str, Sequence[nn.Module]], data: Inputs
+) -> dict[str, Stats]:
+    """One pass of ``data`` through ``model``: statistics of the inputs of each of ``layers``.
+
+    Each name stands for all modules that use one weight. Positions that an ``attention_mask``
+    hides are not counted, because the model's answer does not depend on them.
+    """
+    stats = {name: _empty(modules[0]) for name, modules in layers.items()}
+    mask: Tensor | None = None
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = (args[0] if args else kwargs["input"]).detach()
+            if mask is not None and isinstance(module, nn.Linear) and x.shape[:-1] == mask.shape:
+                x = x[mask]
+            stats[name].update(QUANTIZED[type(module)].input_vectors(module, x))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(name), with_kwargs=True)
+        for name, modules in layers.items()
+        for module in modules
+    ]
+    try:
+        with eval_mode(model):
+            for batch in batches(data, BATCH):
+                given = batch.kwargs.get(MASK)
+                mask = given.bool() if given is not None and given.dim() == 2 else None
+                run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return stats

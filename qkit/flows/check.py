@@ -1,0 +1,95 @@
+"""The check file of an artifact: inputs, and the outputs that a loaded artifact must reproduce.
+
+``input.args.0``, ``input.kwargs.NAME``   what the model was called with
+``module.0``, ``module.1``, ...           the outputs of the quantized model, flattened
+``layers.NAME``                           where no inputs are known: see :func:`layer_outputs`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from qkit import ops
+from qkit.errors import InputError
+from qkit.models import Inputs, run, split
+from qkit.packing.store import matrix_shape
+from qkit.targets.artifact import CHECK, Artifact
+from qkit.targets.torch import read_tensors, stored_tensors
+
+# The check file should stay small beside the weights: a large batch is cut to its first samples.
+MAX_CHECK_VALUES = 1 << 20
+
+
+def model_check(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """The tensors of a check file for a quantized ``model`` that can be called."""
+    inputs = _few(inputs)
+    given = {f"input.args.{i}": t for i, t in enumerate(inputs.args)}
+    given |= {f"input.kwargs.{name}": t for name, t in inputs.kwargs.items()}
+    return given | {f"module.{i}": t for i, t in enumerate(run(model, inputs))}
+
+
+def _few(inputs: Inputs) -> Inputs:
+    tensors = [*inputs.args, *inputs.kwargs.values()]
+    values = sum(t.numel() for t in tensors)
+    batch = max((t.shape[0] for t in tensors if t.dim()), default=1)
+    if values <= MAX_CHECK_VALUES or batch <= 2:
+        return inputs
+    return split(inputs, max(2, batch * MAX_CHECK_VALUES // values))
+
+
+def is_callable(artifact: Artifact) -> bool:
+    """Whether the check file of ``artifact`` holds inputs and outputs of the whole model."""
+    return any(key.startswith("module.") for key in expected(artifact))
+
+
+def inputs_of(artifact: Artifact) -> Inputs:
+    """The inputs in the check file of ``artifact``."""
+    tensors = read_tensors(artifact.path / CHECK)
+    args = {k: t for k, t in tensors.items() if k.startswith("input.args.")}
+    prefix = "input.kwargs."
+    if args.keys() != {f"input.args.{i}" for i in range(len(args))}:
+        raise InputError("the inputs are not numbered", where=str(artifact.path / CHECK))
+    return Inputs(
+        args=tuple(args[f"input.args.{i}"] for i in range(len(args))),
+        kwargs={k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)},
+        origin=str(artifact.path / CHECK),
+    )
+
+
+def expected(artifact: Artifact) -> dict[str, Tensor]:
+    """The outputs in the check file of ``artifact``, by key."""
+    tensors = read_tensors(artifact.path / CHECK)
+    return {k: t for k, t in tensors.items() if k.startswith(("module.", "layers."))}
+
+
+def layer_outputs(artifact: Artifact, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One output ``[2, rows]`` of each quantized layer, taken as a matrix, from its stored tensors.
+
+    ``tensors`` are all tensors of the model by name: those in memory when the reference is made,
+    those on disk when it is checked. The input is drawn from a generator with a fixed seed, so
+    that any process makes the same. A cast has no quantized layers: of each tensor, the sum and
+    the sum of magnitudes are taken.
+    """
+    layers = artifact.layers
+    if not layers:
+        wide = {name: t.double() for name, t in tensors.items()}
+        return {f"layers.{n}": torch.stack([t.sum(), t.abs().sum()]) for n, t in wide.items()}
+    outputs = {}
+    for name, facts in layers.items():
+        stored = stored_tensors(name, facts, tensors)
+        columns = matrix_shape(facts.shape)[1]
+        packed, whole = stored.get("weight_packed"), stored.get("weight")
+        codes = packed if whole is None else whole.flatten(1)
+        outputs[f"layers.{name}"] = ops.linear(
+            torch.randn(2, columns, generator=torch.Generator().manual_seed(columns)),
+            codes,
+            stored["weight_scale"],
+            stored.get("weight_zero_point"),
+            None,
+            facts.spec.format.bits,
+            facts.spec.group_size,
+        )
+    return outputs

@@ -1,0 +1,123 @@
+"""``qkit inspect``: where a model's parameters and bytes are, as a tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from qkit.models import load as load_model
+from qkit.nn import QLayer, survey, tree
+from qkit.packing.store import matrix_shape
+from qkit.targets.artifact import META, WEIGHTS, read_artifact
+from qkit.targets.torch import read_tensors
+
+
+@dataclass
+class Node:
+    """One module: its class, own and inherited figures, and what is below it.
+
+    ``parameters`` are weights (a packed one counts as what it unpacks to), ``bytes`` what they
+    and their scales take; both include everything below, and count shared tensors once.
+    """
+
+    name: str
+    kind: str
+    parameters: int = 0
+    bytes: int = 0
+    dtypes: list[str] = field(default_factory=list)
+    note: str | None = None
+    children: list[Node] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """This node and everything below it as plain data."""
+        return vars(self) | {"children": [child.to_json() for child in self.children]}
+
+
+def inspect(model: nn.Module | str | Path, *, trust_pickle: bool = False) -> Node:
+    """The tree of a module, a model file or an artifact.
+
+    An artifact is read without its architecture: its tensors and ``qkit.json`` tell the tree.
+    """
+    if isinstance(model, nn.Module):
+        return _inspect_module(model)
+    if (Path(model) / META).is_file():
+        return _inspect_artifact(Path(model))
+    loaded = load_model(model, trust_pickle=trust_pickle)
+    if loaded.model is not None:
+        return _inspect_module(loaded.model)
+    return _inspect_module(tree(loaded.state_dict or {}, loaded.layer_kinds))
+
+
+def _inspect_module(model: nn.Module) -> Node:
+    reasons = {entry.name: entry.reason for entry in survey(model)}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, name: str, path: str) -> Node:
+        node = Node(name, type(module).__name__)
+        own = [
+            t for t in [*module._parameters.values(), *module._buffers.values()] if t is not None
+        ]
+        new = [t for t in own if id(t) not in seen]
+        seen.update(id(t) for t in new)
+        _count(node, new)
+        if isinstance(module, QLayer):
+            codes = module.stored_weight
+            if any(t is codes for t in new):
+                rows, columns = matrix_shape(module.weight_size)
+                node.parameters += rows * columns
+            node.note = module.spec.describe()
+        elif (reason := reasons.get(path)) is not None:
+            node.note = reason
+        for child_name, child in module.named_children():
+            below = visit(child, child_name, f"{path}.{child_name}" if path else child_name)
+            _add(node, below)
+        return node
+
+    return visit(model, "", "")
+
+
+def _count(node: Node, tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        node.bytes += tensor.numel() * tensor.element_size()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in node.dtypes:
+            node.dtypes.append(dtype)
+        if isinstance(tensor, nn.Parameter):
+            node.parameters += tensor.numel()
+
+
+def _add(node: Node, below: Node) -> None:
+    node.children.append(below)
+    node.parameters += below.parameters
+    node.bytes += below.bytes
+
+
+def _inspect_artifact(path: Path) -> Node:
+    artifact = read_artifact(path)
+    layers, buffers = artifact.layers, artifact.buffers
+    root = Node("", f"artifact {artifact.meta.get('scheme') or ''}".strip())
+    for key, tensor in read_tensors(path / WEIGHTS).items():
+        owner, _, leaf = key.rpartition(".")
+        line = [root]
+        for part in filter(None, owner.split(".")):
+            found = next((c for c in line[-1].children if c.name == part), None)
+            if found is None:
+                found = Node(part, "")
+                line[-1].children.append(found)
+            line.append(found)
+        facts = layers.get(owner)
+        size = 0 if key in buffers else tensor.numel()
+        if facts is not None and leaf != "bias":
+            line[-1].kind, line[-1].note = facts.kind, facts.spec.describe()
+            rows, columns = matrix_shape(facts.shape)
+            size = rows * columns if leaf in ("weight", "weight_packed") else 0
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in line[-1].dtypes:
+            line[-1].dtypes.append(dtype)
+        for node in line:
+            node.parameters += size
+            node.bytes += tensor.numel() * tensor.element_size()
+    return root

@@ -1,0 +1,279 @@
+"""Post-training quantization of a module, or of a bare state dict, by a recipe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from qkit.algorithms import CALIBRATED, DATA_FREE, Stats
+from qkit.errors import CoverageError, InputError, UsageError, nearest
+from qkit.flows.calibrate import collect, passes
+from qkit.models import Inputs
+from qkit.nn import QUANTIZED, Entry, QLayer, survey, swap
+from qkit.numerics import QTensor, cast, check_finite, dequantize
+from qkit.report import LayerRow, tensor_sqnr_db
+from qkit.spec import Float, Recipe, Rule
+
+Progress = Callable[[int, int, str], None]
+
+
+def no_progress(done: int, total: int, name: str) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What will happen to one entry of the survey: a rule to follow, or a reason to leave it."""
+
+    entry: Entry
+    rule: Rule | None
+    reason: str | None
+
+
+def quantize_module(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    calib: Inputs | None = None,
+    in_place: bool = False,
+    progress: Progress = no_progress,
+) -> tuple[nn.Module, list[LayerRow]]:
+    """``model`` with every layer that ``recipe`` names quantized, and one row for each module.
+
+    ``calib`` is the data for algorithms that need some (``gptq``).
+    Unless ``in_place``, the model is copied; the float weights of layers that are replaced are
+    shared with the original while the copy is made, not duplicated.
+
+    Raises :class:`~qkit.errors.UsageError` if a rule matches no module,
+    :class:`~qkit.errors.InputError` for NaN, infinity or weights on the meta device,
+    :class:`~qkit.errors.CoverageError` if nothing can be quantized.
+    """
+    entries = survey(model)
+    _check_rules(recipe, model)
+    _check_tensors(model)
+    plans = _agree([_plan(entry, recipe) for entry in entries])
+    chosen = [plan for plan in plans if plan.rule is not None]
+    if not chosen:
+        raise _nothing(plans)
+    if not in_place:
+        model = _copy(model, [plan.entry.module for plan in chosen])
+    rows: dict[str, LayerRow] = {}
+    layers: dict[str, QLayer] = {}
+    by_name = {plan.entry.name: plan for plan in chosen}
+    for part, stats in _calibrated(model, chosen, calib):
+        for name in part:
+            progress(len(layers), len(chosen), name)
+            layers[name], rows[name] = _quantize_layer(
+                model, by_name[name], layers, rows, stats.get(name)
+            )
+    progress(len(chosen), len(chosen), "")
+    model = swap(model, layers)
+    return model, [rows.get(plan.entry.name) or _left(plan.entry, plan.reason) for plan in plans]
+
+
+def _calibrated(
+    model: nn.Module, chosen: list[_Plan], calib: Inputs | None
+) -> Iterator[tuple[list[str], dict[str, Stats]]]:
+    """The names of the layers to quantize, a part at a time, with the statistics they need."""
+    needy = {
+        plan.entry.name: model.get_submodule(plan.entry.name)
+        for plan in chosen
+        if plan.rule and plan.rule.algorithm in CALIBRATED and plan.entry.tied_to is None
+    }
+    for part in passes(needy) if calib is not None else ():
+        users = {
+            name: [model.get_submodule(p.entry.name) for p in chosen if _weight_of(p) == name]
+            for name in part
+        }
+        assert calib is not None
+        yield part, collect(model, users, calib)
+    yield [plan.entry.name for plan in chosen if plan.entry.name not in needy], {}
+
+
+def _weight_of(plan: _Plan) -> str:
+    """The first owner of the weight of a planned layer."""
+    return plan.entry.tied_to or plan.entry.name
+
+
+def _check_rules(recipe: Recipe, model: nn.Module) -> None:
+    modules = [(name, type(module).__name__) for name, module in model.named_modules()]
+    for rule in recipe.unused(modules):
+        names = [name for name, _ in modules if name]
+        raise UsageError(
+            "a rule matches no module of the model",
+            got=repr(rule.match),
+            wanted=f"a full name ({nearest(rule.match, names)}), a class name, or re:<pattern>",
+        )
+
+
+def _check_tensors(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise InputError("the model has no values: a tensor is on the meta device", where=name)
+        lazy = isinstance(tensor, UninitializedParameter | UninitializedBuffer)
+        if not lazy and tensor.is_floating_point() and tensor.isnan().any():
+            check_finite(tensor.detach(), name)  # NaN is damage anywhere, infinity may be a mask
+
+
+def _plan(entry: Entry, recipe: Recipe) -> _Plan:
+    rule = recipe.rule_for(entry.name, entry.kind)
+    if entry.reason is not None:
+        return _Plan(entry, None, entry.reason)
+    if rule is None:
+        return _Plan(entry, None, "no rule of the recipe matches it")
+    if rule.scheme is None:
+        return _Plan(entry, None, f"ignored by {rule.match!r}")
+    return _Plan(entry, rule, None)
+
+
+def _agree(plans: list[_Plan]) -> list[_Plan]:
+    """Owners of one weight follow one rule: if any is left in float, all are."""
+    by_owner: dict[str, list[_Plan]] = {}
+    for plan in plans:
+        by_owner.setdefault(plan.entry.tied_to or plan.entry.name, []).append(plan)
+
+    def settle(plan: _Plan) -> _Plan:
+        family = by_owner[plan.entry.tied_to or plan.entry.name]
+        left = next((p for p in family if p.rule is None), None)
+        if plan.rule is None:
+            return plan
+        if left is not None:
+            return _Plan(
+                plan.entry, None, f"shares its weight with {left.entry.name}, left in float"
+            )
+        return replace(plan, rule=family[0].rule)
+
+    return [settle(plan) for plan in plans]
+
+
+def _nothing(plans: list[_Plan]) -> CoverageError:
+    reasons = sorted({f"{p.entry.kind}: {p.reason}" for p in plans})
+    return CoverageError(
+        "nothing was quantized: no layer of the model matched",
+        got="; ".join(reasons[:6]) or "a model without parameters",
+        wanted=f"at least one of {', '.join(kind.__name__ for kind in QUANTIZED)}",
+        fix="qkit inspect shows the model's layers",
+    )
+
+
+def _copy(model: nn.Module, replaced: list[nn.Module]) -> nn.Module:
+    shared = {id(module.weight): module.weight for module in replaced}
+    try:
+        return copy.deepcopy(model, dict(shared))
+    except Exception as error:  # a model may hold anything: locks, handles, non-leaf tensors
+        raise UsageError(
+            f"the model cannot be copied: {error}", fix="in_place=True, if it may be changed"
+        ) from error
+
+
+def _quantize_layer(
+    model: nn.Module,
+    plan: _Plan,
+    layers: Mapping[str, QLayer],
+    rows: Mapping[str, LayerRow],
+    stats: Stats | None,
+) -> tuple[QLayer, LayerRow]:
+    entry, rule = plan.entry, plan.rule
+    if rule is None or rule.scheme is None:
+        raise AssertionError("a plan to quantize has a rule with a scheme")
+    module: Any = model.get_submodule(entry.name)
+    quantized = QUANTIZED[type(module)]
+    if entry.tied_to is not None:
+        layer = quantized(module, rule.scheme.weight)
+        layer.share_weight(layers[entry.tied_to])
+        note = f"tied to {entry.tied_to}"
+        return layer, replace(
+            rows[entry.tied_to], name=entry.name, parameters=entry.parameters, note=note
+        )
+    weight = module.weight.detach()
+    if module.bias is not None:
+        check_finite(module.bias.detach(), _join(entry.name, "bias"))
+    spec, full_name = rule.scheme.weight, _join(entry.name, "weight")
+    # A layer that the data never reached has no statistics; its row says which way it went.
+    if stats is not None and stats.vectors:
+        algorithm = rule.algorithm
+        q = CALIBRATED[algorithm](weight.flatten(1), spec, stats, name=full_name)
+    else:
+        algorithm = rule.algorithm if rule.algorithm in DATA_FREE else "rtn"
+        q = DATA_FREE[algorithm](weight.flatten(1), spec, name=full_name)
+    row = LayerRow(
+        entry.name,
+        entry.kind,
+        tuple(weight.shape),
+        entry.parameters,
+        scheme=rule.scheme.name,
+        algorithm=algorithm,
+        bits_per_weight=round(q.bits_per_weight, 4),
+        sqnr_db=_sqnr(weight.flatten(1), q),
+        note="; ".join(filter(None, (_short_group(q), _unreached(rule, algorithm)))) or None,
+    )
+    return quantized.from_float(module, q), row
+
+
+def _join(name: str, leaf: str) -> str:
+    return f"{name}.{leaf}" if name else leaf
+
+
+def _sqnr(weight: Tensor, q: QTensor) -> float | None:
+    value = tensor_sqnr_db(weight, dequantize(q))
+    return value if value is None else round(value, 3)
+
+
+def _short_group(q: QTensor) -> str | None:
+    """A group size that does not divide the row is legal, and said."""
+    size, columns = q.spec.group_size, q.shape[1]
+    if size == 0 or columns % size == 0:
+        return None
+    if columns < size:
+        return f"one group of {columns} a row"
+    return f"last group of each row has {columns % size}"
+
+
+def _unreached(rule: Rule, algorithm: str) -> str | None:
+    return None if algorithm == rule.algorithm else f"{algorithm}: no calibration data reached it"
+
+
+def _left(entry: Entry, reason: str | None) -> LayerRow:
+    return LayerRow(entry.name, entry.kind, entry.shape, entry.parameters, reason=reason)
+
+
+def cast_module(
+    model: nn.Module, fmt: Float, *, in_place: bool = False, progress: Progress = no_progress
+) -> tuple[nn.Module, list[LayerRow]]:
+    """``model`` with every float tensor cast to ``fmt``, and one row for each parameter tensor."""
+    _check_tensors(model)
+    if not in_place:
+        model = _copy(model, [])
+    dtype = getattr(torch, fmt.torch_name)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    rows = []
+    for done, (name, tensor) in enumerate(tensors):
+        progress(done, len(tensors), name)
+        if not tensor.is_floating_point():
+            continue
+        low, loss = cast(tensor.detach(), fmt, name=name)
+        if isinstance(tensor, nn.Parameter):
+            value = tensor_sqnr_db(tensor.detach(), low)
+            note = f"{loss.underflow} values became zero" if loss.underflow else None
+            rows.append(
+                LayerRow(
+                    name,
+                    "Parameter",
+                    tuple(tensor.shape),
+                    tensor.numel(),
+                    scheme=str(fmt),
+                    bits_per_weight=float(fmt.bits),
+                    sqnr_db=value if value is None else round(value, 3),
+                    note=note,
+                )
+            )
+    progress(len(tensors), len(tensors), "")
+    if not rows:
+        raise CoverageError("nothing was cast: the model has no float parameters")
+    return model.to(dtype), rows

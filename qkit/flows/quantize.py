@@ -1,0 +1,317 @@
+"""``qkit quantize``: from a model (in memory or in a file) to a verified artifact and a report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qkit.algorithms import CALIBRATED, DATA_FREE
+from qkit.errors import InputError, UsageError, nearest
+from qkit.flows.evaluate import (
+    AnyInputs,
+    as_inputs,
+    eval_mode,
+    few,
+    fill_cost,
+    fill_latency,
+    fill_outputs,
+    fill_weight_error,
+    new_report,
+)
+from qkit.flows.ptq import Progress, cast_module, no_progress, quantize_module
+from qkit.flows.save import check_budgets, save
+from qkit.models import Inputs, Loaded, from_npz, infer, parse_input_spec, run
+from qkit.models import load as load_model
+from qkit.nn import tree
+from qkit.report import Report
+from qkit.spec import Float, Int, Recipe, Scheme, parse
+from qkit.targets import check as check_target
+from qkit.targets.staging import check_destination
+
+AUTO = "auto"
+
+
+def resolve_recipe(
+    scheme: str | Scheme | Recipe,
+    *,
+    ignore: Sequence[str] = (),
+    group_size: int | None = None,
+    target: str = "torch",
+    algorithm: str = AUTO,
+    calibrated: bool = False,
+) -> tuple[Scheme, Recipe]:
+    """The scheme and the recipe of a request, refused here if they cannot be followed."""
+    if isinstance(scheme, Recipe):
+        schemes = [rule.scheme for rule in scheme.rules if rule.scheme is not None]
+        if not schemes:
+            raise UsageError("the recipe quantizes nothing: no rule has a scheme")
+        main, recipe = schemes[-1], scheme
+    else:
+        main = parse(scheme, group_size) if isinstance(scheme, str) else scheme
+        if algorithm == AUTO:
+            # Eight bits are near the float model by rounding; below, data makes the difference.
+            algorithm = "gptq" if calibrated and _few_bits(main) else "rtn"
+        schemes, recipe = [main], Recipe.simple(main, ignore, algorithm=algorithm)
+    _check_algorithms(recipe, calibrated=calibrated)
+    for each in schemes:
+        check_target(target, each)
+    if any(each.is_cast for each in schemes) and len(recipe.rules) > 1:
+        raise UsageError(
+            "a cast applies to the whole model: its layers exchange activations of that type",
+            got=f"{main.name} with {len(recipe.rules)} rules",
+            fix="leave out --ignore, or use a weight-only scheme",
+        )
+    return main, recipe
+
+
+def _few_bits(scheme: Scheme) -> bool:
+    return isinstance(scheme.weight.format, Int) and scheme.weight.format.bits < 8
+
+
+def _check_algorithms(recipe: Recipe, *, calibrated: bool) -> None:
+    known = [*DATA_FREE, *CALIBRATED]
+    for name in dict.fromkeys(rule.algorithm for rule in recipe.rules if rule.scheme):
+        if name not in known:
+            raise UsageError("unknown algorithm", got=repr(name), wanted=nearest(name, known))
+        if name in CALIBRATED and not calibrated:
+            raise UsageError(
+                f"the algorithm {name!r} needs data", fix="--calib FILE.npz with real inputs"
+            )
+
+
+def quantize(
+    model: nn.Module,
+    scheme: str | Scheme | Recipe = "w8a16",
+    *,
+    ignore: Sequence[str] = (),
+    group_size: int | None = None,
+    inputs: AnyInputs | None = None,
+    calib: str | Path | AnyInputs | None = None,
+    algorithm: str = AUTO,
+    in_place: bool = False,
+    target: str = "torch",
+    latency: bool = True,
+    progress: Progress = no_progress,
+) -> tuple[nn.Module, Report]:
+    """Quantize ``model``; return the quantized model and the report.
+
+    ``scheme`` is a name (``"w8a16"``, ``"w4a16-g32"``, ...), a Scheme or a Recipe. ``ignore``
+    lists layers to leave: full names (with everything below them), class names or
+    ``re:<pattern>``. ``inputs`` (a tensor, a sequence or a mapping of tensors) are run through
+    both models for the report's error and latency; without them, the inputs are inferred from the
+    first layer where that works. ``calib`` is such inputs too, or an .npz file, but real ones: the
+    algorithm may learn from them. ``algorithm`` is ``rtn`` (round to nearest), ``gptq`` (needs
+    ``calib``) or ``auto``: ``gptq`` for fewer than 8 bits where there is ``calib``, else ``rtn``.
+    ``model`` is not changed unless ``in_place``.
+
+    Raises :class:`~qkit.errors.UsageError` for an unknown scheme, algorithm or name,
+    :class:`~qkit.errors.RequestError` if the target cannot express the scheme,
+    :class:`~qkit.errors.InputError` for weights that are not finite and
+    :class:`~qkit.errors.CoverageError` if nothing can be quantized.
+    """
+    start = time.perf_counter()
+    main, recipe = resolve_recipe(
+        scheme,
+        ignore=ignore,
+        group_size=group_size,
+        target=target,
+        algorithm=algorithm,
+        calibrated=calib is not None,
+    )
+    if inputs is not None and calib is not None:
+        raise UsageError("give inputs or calib, not both")
+    given: Inputs | None
+    if isinstance(calib, str | Path):
+        given = from_npz(calib, model)
+    elif calib is not None:
+        given = as_inputs(calib)
+    else:
+        given = infer(model) if inputs is None else as_inputs(inputs)
+    return _quantize(
+        model,
+        main,
+        recipe,
+        few(given),
+        calib=given if calib is not None else None,
+        in_place=in_place,
+        latency=latency,
+        progress=progress,
+        start=start,
+    )
+
+
+def _quantize(
+    model: nn.Module,
+    scheme: Scheme,
+    recipe: Recipe,
+    inputs: Inputs | None,
+    *,
+    calib: Inputs | None,
+    in_place: bool,
+    latency: bool,
+    progress: Progress,
+    start: float,
+) -> tuple[nn.Module, Report]:
+    if inputs is not None:
+        with eval_mode(model):
+            run(model, inputs)  # a clear error about the inputs, before anything is paid for
+    float_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    if scheme.is_cast and isinstance(scheme.weight.format, Float):
+        qmodel, rows = cast_module(
+            model, scheme.weight.format, in_place=in_place, progress=progress
+        )
+    else:
+        qmodel, rows = quantize_module(
+            model, recipe, calib=calib, in_place=in_place, progress=progress
+        )
+    report = new_report(scheme, "torch", recipe, rows)
+    report.size_bytes = {
+        "source": float_bytes,
+        "artifact": sum(t.numel() * t.element_size() for t in qmodel.state_dict().values()),
+    }
+    size = report.size_bytes
+    size["ratio"] = round(size["artifact"] / size["source"], 4)
+    report.verification = {
+        "status": "not run",
+        "level": None,
+        "runtime": None,
+        "fresh_process": False,
+    }
+    if inputs is None or in_place:
+        fill_weight_error(report)
+    else:
+        fill_outputs(report, model, qmodel, inputs)
+        if latency:
+            fill_latency(report, model, qmodel, inputs)
+    fill_cost(report, start)
+    return qmodel, report
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run of ``qkit quantize`` on a file; the fields are the command's options."""
+
+    path: str
+    scheme: str = "w8a16"
+    algorithm: str = AUTO
+    output: str | None = None
+    target: str = "torch"
+    ignore: tuple[str, ...] = ()
+    group_size: int | None = None
+    input: str | None = None
+    calib: str | None = None
+    model: str | None = None
+    trust_pickle: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    min_coverage: float = 0.0
+    min_sqnr: float | None = None
+    seed: int = 0
+
+
+def default_output(path: str, scheme: str) -> str:
+    """``model.pt`` with w8a16 is written to ``model-w8a16`` in the working directory.
+
+    >>> default_output("models/net.pt", "w8a16")
+    'net-w8a16'
+    """
+    name = Path(os.path.abspath(path)).name  # also of "." and of "folder/"
+    stem = name if Path(path).is_dir() else Path(name).stem
+    return f"{stem}-{scheme}"
+
+
+def quantize_file(
+    request: Request,
+    *,
+    progress: Progress = no_progress,
+    told: Callable[[str], None] = lambda text: None,
+    metrics: Callable[[nn.Module, nn.Module], dict[str, Any]] | None = None,
+) -> Report:
+    """Load, quantize, compare, time, write, verify in a fresh process; return the report.
+
+    ``told`` receives one line for each stage. ``metrics(float_model, quantized_model)`` adds
+    figures of the user's own. Raises what :func:`quantize`, :func:`qkit.models.load` and
+    :func:`qkit.flows.save.save` raise; nothing is left at the output then.
+    """
+    start = time.perf_counter()
+    scheme, recipe = resolve_recipe(
+        request.scheme,
+        ignore=request.ignore,
+        group_size=request.group_size,
+        target=request.target,
+        algorithm=request.algorithm,
+        calibrated=request.calib is not None,
+    )
+    out = Path(request.output or default_output(request.path, scheme.name))
+    check_destination(out, overwrite=request.overwrite)
+    told(scheme.long_form())
+    loaded = load_model(request.path, factory=request.model, trust_pickle=request.trust_pickle)
+    told(f"loaded {request.path}: {loaded.source.kind}")
+    model = loaded.model if loaded.model is not None else _as_tree(loaded)
+    data = _inputs(request, loaded)
+    inputs = few(data)
+    qmodel, report = _quantize(
+        model,
+        scheme,
+        recipe,
+        inputs,
+        calib=data if request.calib else None,
+        in_place=False,
+        latency=not request.dry_run,
+        progress=progress,
+        start=start,
+    )
+    report.target = request.target
+    report.remarks += loaded.source.notes
+    if metrics is not None:
+        report.metrics = metrics(model, qmodel)
+    check_budgets(report, min_coverage=request.min_coverage, min_sqnr=request.min_sqnr)
+    if request.dry_run:
+        report.remarks.append("dry run: nothing was written")
+        fill_cost(report, start)
+        return report
+    told(f"writing {out} and verifying it in a fresh process")
+    save(
+        qmodel,
+        out,
+        report=report,
+        inputs=inputs,
+        source=loaded.source,
+        builder=loaded.builder,
+        trust_pickle=request.trust_pickle,
+        overwrite=request.overwrite,
+        start=start,
+    )
+    return report
+
+
+def _as_tree(loaded: Loaded) -> nn.Module:
+    if not loaded.state_dict:
+        raise InputError("the file holds no tensors", where=loaded.source.path)
+    return tree(loaded.state_dict, loaded.layer_kinds)
+
+
+def _inputs(request: Request, loaded: Loaded) -> Inputs | None:
+    if request.input and request.calib:
+        raise UsageError("give --input or --calib, not both")
+    if loaded.model is None:
+        if request.input or request.calib:
+            raise UsageError(
+                "a bare state dict cannot be run on inputs",
+                where=request.path,
+                fix="--model package.module:factory names the architecture",
+            )
+        return None
+    if request.input:
+        return parse_input_spec(request.input, seed=request.seed)
+    if request.calib:
+        return from_npz(request.calib, loaded.model)
+    if loaded.example_inputs is not None:
+        return loaded.example_inputs
+    return infer(loaded.model, seed=request.seed)

@@ -1,0 +1,143 @@
+"""Writing an artifact: stage, verify in a fresh process, then rename into place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qkit.errors import BudgetError, CoverageError, UsageError
+from qkit.flows.check import layer_outputs, model_check
+from qkit.flows.evaluate import AnyInputs, as_inputs, eval_mode, fill_cost, for_dtype
+from qkit.flows.verify import verify
+from qkit.models import Source
+from qkit.nn import QLayer
+from qkit.report import Report, versions
+from qkit.targets.artifact import (
+    CHECK,
+    PROGRAM,
+    REPORT,
+    WEIGHTS,
+    Artifact,
+    read_artifact,
+    write_meta,
+)
+from qkit.targets.program import write_program
+from qkit.targets.staging import staged
+from qkit.targets.torch import copy_config, named_tensors, save_tensors, write_weights
+
+
+def save(
+    qmodel: nn.Module,
+    path: str | Path,
+    *,
+    report: Report | None = None,
+    inputs: AnyInputs | None = None,
+    source: Source | None = None,
+    builder: dict[str, Any] | None = None,
+    trust_pickle: bool = False,
+    overwrite: bool = False,
+    start: float | None = None,
+) -> Artifact:
+    """Write the quantized ``qmodel`` as an artifact; it appears only once it is verified.
+
+    ``report`` (of ``quantize``) is completed with sizes and the verification and stored too.
+    With ``inputs``, the outputs of the whole model are checked and a ``torch.export`` program is
+    written; without, each quantized layer by itself. ``source`` and ``builder`` say where the
+    model came from and how its architecture is rebuilt (:mod:`qkit.models`). The report's seconds
+    count from ``start`` (of ``time.perf_counter``) if it is given.
+
+    Raises :class:`~qkit.errors.UsageError` if ``path`` exists,
+    :class:`~qkit.errors.OutputError` if it cannot be written and
+    :class:`~qkit.errors.VerificationError` if the fresh process disagrees; then there is no
+    artifact at ``path``.
+    """
+    if report is None and not any(isinstance(m, QLayer) for m in qmodel.modules()):
+        raise UsageError("the model has no quantized layers", fix="qkit.quantize(model, scheme)")
+    out = Path(path)
+    with staged(out, overwrite=overwrite) as folder, eval_mode(qmodel):
+        meta = {
+            "target": "torch",
+            "scheme": report.scheme if report else None,
+            "recipe": report.recipe if report else None,
+            "builder": builder,
+            "source": source and {"kind": source.kind, "files": source.files},
+            "versions": {k: v for k, v in versions().items() if k in ("qkit", "torch")},
+        } | write_weights(qmodel, folder)
+        if source and source.kind == "hf-folder" and report:
+            copy_config(Path(source.path), folder)
+        remark = None
+        if inputs is None:
+            tensors = named_tensors(qmodel)
+            save_tensors(layer_outputs(Artifact(folder, meta), tensors), folder / CHECK)
+        else:
+            inputs = for_dtype(as_inputs(inputs), qmodel)
+            save_tensors(model_check(qmodel, inputs), folder / CHECK)
+            remark = write_program(qmodel, inputs, folder / PROGRAM)
+        write_meta(folder, meta)
+        result = verify(
+            folder,
+            model=(builder or {}).get("factory"),
+            # The fresh process takes the architecture from the file that was quantized.
+            source=source.path if source and builder is None and inputs is not None else None,
+            trust_pickle=trust_pickle,
+        )
+        if report is not None:
+            _complete(report, result, remark, folder, source, out)
+            if start is not None:
+                fill_cost(report, start)
+            _write(report, folder)
+    return read_artifact(out)
+
+
+def _write(report: Report, folder: Path) -> None:
+    """Write the report, which counts its own bytes too."""
+    others = sum(path.stat().st_size for path in folder.iterdir())
+    text = ""
+    while report.size_bytes.get("folder") != others + len(text.encode()):
+        report.size_bytes["folder"] = others + len(text.encode())
+        text = report.dumps()
+    (folder / REPORT).write_text(text, encoding="utf-8")
+
+
+def _complete(
+    report: Report,
+    result: dict[str, Any],
+    remark: str | None,
+    folder: Path,
+    source: Source | None,
+    out: Path,
+) -> None:
+    report.verification = result
+    if remark:
+        report.remarks.append(f"no program.pt2: {remark}")
+    report.size_bytes["artifact"] = (folder / WEIGHTS).stat().st_size
+    if source is not None:
+        report.source = {"path": Path(source.path).name, "kind": source.kind, "files": source.files}
+        weights = [f["bytes"] for name, f in source.files.items() if name != "config.json"]
+        report.size_bytes["source"] = sum(weights)
+    size = report.size_bytes
+    size["ratio"] = round(size["artifact"] / size["source"], 4)
+    report.artifact = str(out)
+
+
+def check_budgets(
+    report: Report, *, min_coverage: float = 0.0, min_sqnr: float | None = None
+) -> None:
+    """Raise :class:`~qkit.errors.BudgetError` (or CoverageError) if a limit is missed."""
+    if report.coverage["fraction"] < min_coverage:
+        raise CoverageError(
+            "too little of the model was quantized",
+            got=f"{report.coverage['fraction']:.1%} of its parameters",
+            wanted=f"at least {min_coverage:.1%}",
+            fix="the report's rows say why each layer was left",
+        )
+    sqnr = report.error.get("sqnr_db")
+    if min_sqnr is not None and sqnr is not None and sqnr < min_sqnr:
+        raise BudgetError(
+            "the quantized model is too far from the float one",
+            got=f"SQNR {sqnr:.1f} dB",
+            wanted=f"at least {min_sqnr:g} dB",
+            fix="more bits, smaller groups, or --ignore the worst layers of the report",
+        )

@@ -1,0 +1,162 @@
+"""Verification: a fresh process loads the artifact and must reproduce the stored outputs.
+
+Bit-identical is the rule in the same environment, and is reported. What decides is a bound on the
+error relative to the largest reference value, because another processor or thread count may sum
+in another order: :data:`BOUNDS`, 2^10 units in the last place of the activations' type for fp32
+(long sums through many layers) and 2^3 for the 16-bit types (which are summed in fp32).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.errors import InputError, QkitError, RequestError, UsageError, VerificationError
+from qkit.flows.check import expected
+from qkit.report import compare
+from qkit.targets.artifact import PROGRAM, Artifact, check_files, read_artifact
+from qkit.targets.torch import read_tensors
+
+BOUNDS = {
+    torch.float64: 2.0**-42,
+    torch.float32: 2.0**-13,
+    torch.float16: 2.0**-7,
+    torch.bfloat16: 2.0**-4,
+}
+
+
+# What went wrong in the fresh process because of how it was asked, not because of the artifact.
+_REQUESTS: dict[int, type[QkitError]] = {
+    kind.exit_code: kind for kind in (UsageError, RequestError)
+}
+
+
+def verify(
+    path: str | Path,
+    *,
+    model: str | None = None,
+    source: str | Path | None = None,
+    trust_pickle: bool = False,
+) -> dict[str, Any]:
+    """Check the files of the artifact ``path``, then run it in a fresh process.
+
+    The architecture comes from ``model`` (``package.module:factory``), from ``source`` (the model
+    file that was quantized), or from the artifact itself; the ``torch.export`` program, if there
+    is one, is run as well. Where neither is possible, each quantized layer is run by itself.
+
+    Returns ``status`` "verified", ``level`` (model or layers), ``runtime``, ``fresh_process``,
+    ``bit_identical``, ``max_rel_error`` and a list of ``checks``. Raises
+    :class:`~qkit.errors.VerificationError` if an output differs,
+    :class:`~qkit.errors.InputError` if a file is missing or damaged.
+    """
+    artifact = read_artifact(path)
+    check_files(artifact)
+    _ = artifact.layers, artifact.aliases, artifact.buffers  # also what no way below reads
+    reference = expected(artifact)
+    ways = _ways(artifact, reference, bool(model or source))
+    job = {
+        "artifact": str(artifact.path.absolute()),
+        "ways": ways,
+        "model": model,
+        "source": source and str(Path(source).absolute()),
+        "trust_pickle": trust_pickle,
+        "threads": torch.get_num_threads(),
+    }
+    outputs, facts = _fresh_process(job, artifact)
+    checks = [_judge(way, reference, outputs, artifact) for way in ways]
+    return {
+        "status": "verified",
+        "level": "layers" if ways == ["layers"] else "model",
+        "runtime": f"torch {torch.__version__}, eager",
+        "fresh_process": True,
+        "bit_identical": all(c["bit_identical"] for c in checks),
+        "max_rel_error": max(c["max_rel_error"] for c in checks),
+        "checks": checks,
+    } | facts
+
+
+def _ways(artifact: Artifact, reference: dict[str, Tensor], architecture: bool) -> list[str]:
+    if not any(key.startswith("module.") for key in reference):
+        return ["layers"]
+    builder = artifact.builder or {}
+    ways = ["module"] if architecture or builder.get("kind") == "transformers" else []
+    if PROGRAM in artifact.files:
+        ways.append("program")
+    if not ways:
+        raise UsageError(
+            "the artifact does not carry its architecture",
+            where=str(artifact.path),
+            fix=f"--model {builder.get('factory', 'package.module:factory')}, or --source with the "
+            "model file it came from",
+        )
+    return ways
+
+
+def _fresh_process(
+    job: dict[str, Any], artifact: Artifact
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with tempfile.TemporaryDirectory(prefix="qkit-verify-") as folder:
+        job_path, out = Path(folder, "job.json"), Path(folder, "out")
+        job_path.write_text(json.dumps(job | {"out": str(out)}), encoding="utf-8")
+        # -P: what lies in the working directory must not shadow an installed package. A factory
+        # of the user's may lie there; resolve_factory looks for it itself.
+        flags = ["-P"] if sys.version_info >= (3, 11) else []
+        command = [sys.executable, *flags, "-m", "qkit.flows.worker", str(job_path)]
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode != 0:
+            code, lines = process.returncode, process.stderr.strip().splitlines() or ["no output"]
+            if code in _REQUESTS:
+                raise _REQUESTS[code](lines[-1])
+            raise VerificationError(
+                "the artifact could not be run in a fresh process",
+                where=str(artifact.path),
+                got=f"exit {code}: {lines[-1]}" if code != InputError.exit_code else lines[-1],
+            )
+        tensors = read_tensors(out.with_suffix(".safetensors"))
+        outputs = {name: tensor.clone() for name, tensor in tensors.items()}
+        return outputs, json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def _judge(
+    way: str, reference: dict[str, Tensor], outputs: dict[str, Tensor], artifact: Artifact
+) -> dict[str, Any]:
+    prefix = "layers." if way == "layers" else "module."
+    worst, identical = 0.0, True
+    wanted = {k.removeprefix(prefix): t for k, t in reference.items() if k.startswith(prefix)}
+    got = {k.removeprefix(f"{way}."): t for k, t in outputs.items() if k.startswith(f"{way}.")}
+    if wanted.keys() != got.keys() or not wanted:
+        raise VerificationError(
+            f"the artifact gives other outputs ({way})",
+            where=str(artifact.path),
+            got=f"{len(got)} outputs",
+            wanted=f"{len(wanted)}",
+        )
+    for name, want in wanted.items():
+        have = got[name]
+        if have.shape != want.shape or have.dtype != want.dtype:
+            raise VerificationError(
+                f"output {name} has another shape or type ({way})",
+                where=str(artifact.path),
+                got=f"{have.dtype} {tuple(have.shape)}",
+                wanted=f"{want.dtype} {tuple(want.shape)}",
+            )
+        identical = identical and torch.equal(have, want)
+        stats = compare([want], [have])
+        error = stats.max_abs / stats.max_ref if stats.max_ref else stats.max_abs
+        bound = BOUNDS.get(want.dtype, 0.0)
+        if not error <= bound:
+            raise VerificationError(
+                f"the artifact does not reproduce output {name} ({way})",
+                where=str(artifact.path),
+                got=f"a relative error of {error:.3g}",
+                wanted=f"at most {bound:.3g}",
+            )
+        worst = max(worst, error)
+    return {"way": way, "bit_identical": identical, "max_rel_error": worst}

@@ -1,0 +1,81 @@
+"""The fresh process of a verification: ``python -m qkit.flows.worker JOB.json``.
+
+It knows only what a deployment would know: the artifact, and how to build the architecture. It
+loads, runs the stored inputs, and writes what came out; the parent compares. A job has
+
+``artifact``  the folder        ``check``    its check file
+``ways``      what to try: ``module`` (qkit.load), ``program`` (the exported graph), ``layers``
+``model``     package.module:factory or null        ``source``  a model file for the architecture
+``trust_pickle``  for ``source``                    ``threads`` as in the parent
+``out``       where to write the outputs
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkit.errors import QkitError
+from qkit.flows.check import inputs_of, layer_outputs
+from qkit.models import load as load_model
+from qkit.models import resolve_factory, run
+from qkit.report import peak_rss_bytes
+from qkit.targets.artifact import WEIGHTS, read_artifact
+from qkit.targets.program import load_program
+from qkit.targets.torch import load, read_tensors, save_tensors, with_aliases
+
+
+def main(job_path: str) -> int:
+    """Do the job and write ``<out>.safetensors`` and ``<out>.json``; return the exit code.
+
+    An error that qkit raises on purpose is one line on standard error and its own exit code.
+    """
+    job = json.loads(Path(job_path).read_text(encoding="utf-8"))
+    try:
+        _do(job)
+    except QkitError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _do(job: dict[str, Any]) -> None:
+    torch.set_num_threads(job["threads"])
+    artifact = read_artifact(job["artifact"])
+    outputs: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for way in job["ways"]:
+        start = time.perf_counter()
+        if way == "layers":
+            tensors = read_tensors(artifact.path / WEIGHTS)
+            outputs |= layer_outputs(artifact, with_aliases(artifact, tensors))
+            continue
+        if way == "program":
+            model = load_program(artifact, read_tensors(artifact.path / WEIGHTS))
+        else:
+            model = load(artifact.path, into=_architecture(job))
+        facts[f"{way}_load_seconds"] = round(time.perf_counter() - start, 3)
+        results = run(model, inputs_of(artifact))
+        outputs |= {f"{way}.{i}": value for i, value in enumerate(results)}
+    facts["peak_rss_bytes"] = peak_rss_bytes()
+    out = Path(job["out"])
+    save_tensors(outputs, out.with_suffix(".safetensors"))
+    out.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _architecture(job: dict[str, Any]) -> Any:
+    if job["model"]:
+        return resolve_factory(job["model"])
+    if job["source"]:
+        return load_model(job["source"], trust_pickle=job["trust_pickle"]).model
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,175 @@
+"""What every quantized layer shares: its stored tensors as buffers, and how they move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from qkit import ops
+from qkit.numerics import QTensor
+from qkit.packing import from_tensors, tensor_specs, to_tensors
+from qkit.packing.store import matrix_shape
+from qkit.spec import Int, QSpec
+
+# The module's own name for the stored int8 tensor ``weight``: see QLayer.weight.
+CODES = "weight_codes"
+
+FloatLayer = nn.Linear | nn.Conv2d
+
+
+def stored_name(name: str) -> str:
+    """The name on disk of a module's parameter or buffer ``name``."""
+    return name.removesuffix(CODES) + "weight" if name.endswith(CODES) else name
+
+
+class QLayer(nn.Module):
+    """Base of the layers whose weight is quantized and whose activations are not.
+
+    The weight lives in buffers, so it has no gradient and moves with the module. Their names and
+    shapes in ``state_dict`` are the stored layout (:mod:`qkit.packing.store`). ``.half()`` and
+    ``.to(dtype)`` change the activations' type, as with any module, but leave codes and scales as
+    they are: rounding a scale again would move every weight of its block.
+    """
+
+    float_class: ClassVar[type[nn.Module]]
+    bias: nn.Parameter | None
+    weight_codes: Tensor  # 8 bits
+    weight_packed: Tensor  # 1 to 7 bits
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+
+    def __init__(self, layer: FloatLayer, spec: QSpec) -> None:
+        """An empty layer with the geometry, bias and device of the float ``layer``."""
+        super().__init__()
+        assert isinstance(spec.format, Int)
+        weight = layer.weight
+        self.spec = spec
+        self.bits = spec.format.bits
+        self.group = spec.group_size
+        self.weight_size = tuple(weight.shape)
+        self.weight_dtype = weight.dtype
+        for name, stored in tensor_specs(self.weight_size, spec).items():
+            empty = torch.empty(stored.shape, dtype=stored.dtype, device=weight.device)
+            self.register_buffer(CODES if name == "weight" else name, empty)
+        if spec.symmetric:
+            self.weight_zero_point = None
+        self.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
+        self.train(layer.training)
+
+    @classmethod
+    def from_float(cls, layer: FloatLayer, q: QTensor) -> QLayer:
+        """The layer that computes what ``layer`` does with its weight replaced by ``q``.
+
+        ``q`` holds the weight as a matrix ``[rows, columns]`` (trailing dimensions flattened).
+        The bias is the very Parameter of ``layer``.
+        """
+        new = cls(layer, q.spec)
+        for name, tensor in to_tensors(q, new.weight_size).items():
+            setattr(new, CODES if name == "weight" else name, tensor.to(layer.weight.device))
+        return new
+
+    @staticmethod
+    def input_vectors(layer: Any, x: Tensor) -> Tensor:
+        """The vectors that the weight of the float ``layer`` meets when it is called with ``x``.
+
+        ``[groups, vectors, columns]``, for algorithms that look at a layer's inputs.
+        """
+        raise NotImplementedError
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """The codes as the operators take them: int8, or packed int32 words."""
+        return self.weight_codes if self.bits == 8 else self.weight_packed
+
+    def qtensor(self) -> QTensor:
+        """The weight as a matrix of codes with its scales."""
+        names = tensor_specs(self.weight_size, self.spec)
+        tensors = {name: getattr(self, CODES if name == "weight" else name) for name in names}
+        return from_tensors(tensors, self.spec)
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight, computed anew at every access.
+
+        For code that reads a layer's weight instead of calling the layer (its dtype, a norm, a
+        functional call): it gets the right values, at the price of a dequantization.
+        """
+        matrix = ops.dequantize(
+            self.stored_weight,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.bits,
+            self.group,
+            matrix_shape(self.weight_size)[1],
+            self.weight_dtype,
+        )
+        return matrix.reshape(self.weight_size)
+
+    def share_weight(self, other: QLayer) -> None:
+        """Use the buffers of ``other``, whose weight this layer's weight is tied to."""
+        for name in self._buffers:
+            self._buffers[name] = other._buffers[name]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLayer:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if prefix + CODES in destination:
+            destination[prefix + "weight"] = destination.pop(prefix + CODES)
+
+    def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        """Which of the stored tensors in ``state_dict`` are not those of this layer.
+
+        torch itself compares shapes only, and casts: float weights would become codes.
+        """
+        for name, want in tensor_specs(self.weight_size, self.spec).items():
+            have = state_dict.get(prefix + name)
+            if not isinstance(have, Tensor):
+                continue  # torch reports it
+            if (have.shape, have.dtype) != (want.shape, want.dtype):
+                yield (
+                    f"{prefix}{name} has shape {tuple(have.shape)} and {have.dtype}, "
+                    f"the layer's has {want.shape} and {want.dtype}"
+                )
+            elif name == "weight_shape" and tuple(have.tolist()) != self.weight_size:
+                # Packed words do not tell: rows of 9 and of 10 codes take as many.
+                yield (
+                    f"{prefix}weight_packed is of a weight of shape {tuple(have.tolist())}, "
+                    f"the layer's is {self.weight_size}"
+                )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if misfits := list(self._misfits(state_dict, prefix)):
+            error_msgs += misfits
+            return  # the layer stays as it was
+        renamed = self.bits == 8 and prefix + "weight" in state_dict
+        if renamed:
+            state_dict[prefix + CODES] = state_dict.pop(prefix + "weight")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if renamed:  # the caller compares the keys of its dict with those of state_dict()
+            state_dict[prefix + "weight"] = state_dict.pop(prefix + CODES)
+
+    def extra_repr(self) -> str:
+        """The geometry and the spec."""
+        shape = "x".join(map(str, self.weight_size))
+        return f"{shape}, bias={self.bias is not None}, {self.spec.describe()}"

@@ -1,0 +1,133 @@
+"""A bare state dict as a tree of modules, so that everything that works on a model works on it.
+
+Classes are not stored in a state dict. ``name.weight`` with two dimensions is taken for the
+weight of a Linear, with four for that of a Conv2d, unless the name says that it is an embedding
+or a saved TorchScript module told the class. A wrong guess costs no correctness: loading into
+the real model gives layers of any other class their float weight back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit.errors import InputError
+
+_EMBEDDING = re.compile(r"(^|[._])(w[tp]e|\w*emb\w*|shared|\w*position\w*|tok\w*)([._]|$)", re.I)
+
+# The class of a layer by the dimensions of its weight.
+_GUESSES = {2: "Linear", 4: "Conv2d"}
+
+
+class Tensors(nn.Module):
+    """Tensors of a state dict whose layer is not known."""
+
+    def __init__(self, reason: str = "a tensor of a state dict whose layer is not known") -> None:
+        super().__init__()
+        self.reason_left = reason
+        self.training = False
+
+    def train(self, mode: bool = True) -> Tensors:
+        """Stay as it is: it cannot be called, and one of its tensors may be named ``training``."""
+        return self
+
+
+def tree(state_dict: Mapping[str, Tensor], kinds: Mapping[str, str] | None = None) -> nn.Module:
+    """Modules that hold the tensors of ``state_dict`` under the same names.
+
+    ``kinds`` maps module names to class names where they are known. The result cannot be called.
+    """
+    own: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in _parameters(state_dict).items():
+        prefix, _, leaf = key.rpartition(".")
+        if "" in key.split("."):
+            raise InputError("a tensor's name has an empty part", where=repr(key))
+        own[prefix][leaf] = tensor
+    parents = {
+        ".".join(name.split(".")[:depth])
+        for name in own.keys() - {""}
+        for depth in range(name.count(".") + 1)
+    }
+    modules: dict[str, nn.Module] = {}
+    for name in sorted(parents | own.keys(), key=lambda n: (n.count("."), n != "", n)):
+        tensors = own.get(name, {})
+        kind = (kinds or {}).get(name)
+        layer = None if name in parents else _layer(name, tensors, kind)
+        modules[name] = layer or _container(name, tensors, kind)
+    root = modules.setdefault("", Tensors())
+    # In the order of the state dict, so that a report reads like the model.
+    for name in dict.fromkeys(_with_parents(own)):
+        parent, _, leaf = name.rpartition(".")
+        modules[parent]._modules.setdefault(leaf, modules[name])
+    return root
+
+
+def _parameters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Float tensors as Parameters; those that are the same memory, the same Parameter."""
+    made: dict[tuple, nn.Parameter] = {}
+
+    def parameter(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        new = nn.Parameter(tensor.detach(), requires_grad=False)
+        # Empty tensors and those on the meta device have no memory to share.
+        return made.setdefault(memory, new) if tensor.data_ptr() else new
+
+    return {key: parameter(tensor) for key, tensor in state_dict.items()}
+
+
+def _with_parents(names: Mapping[str, object]) -> list[str]:
+    found = []
+    for name in names:
+        parts = name.split(".") if name else []
+        found += [".".join(parts[: depth + 1]) for depth in range(len(parts))]
+    return found
+
+
+def _layer(name: str, tensors: Mapping[str, Tensor], kind: str | None) -> nn.Module | None:
+    """A Linear or Conv2d that holds ``tensors``, if they look like one's."""
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    if weight is None or weight.numel() == 0 or tensors.keys() - {"weight", "bias"}:
+        return None
+    if not all(isinstance(tensor, nn.Parameter) for tensor in tensors.values()):
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return None
+    guess = _GUESSES.get(weight.dim())
+    if (kind or guess) != guess or guess is None or _is_embedding(name, kind):
+        return None
+    with torch.device("meta"):
+        rows, columns, *kernel = weight.shape
+        layer: Any = (
+            nn.Conv2d(columns, rows, (kernel[0], kernel[1])) if kernel else nn.Linear(columns, rows)
+        )
+    layer.weight, layer.bias = weight, bias
+    return layer.eval()
+
+
+def _is_embedding(name: str, kind: str | None) -> bool:
+    return kind is None and _EMBEDDING.search(name) is not None
+
+
+def _container(name: str, tensors: Mapping[str, Tensor], kind: str | None) -> Tensors:
+    if kind in _GUESSES.values():
+        module = Tensors(f"its tensors are not those of a {kind}")
+    elif kind is not None:
+        module = Tensors(f"no quantized form of {kind} yet")
+    elif "weight" in tensors and tensors["weight"].dim() > 1 and _is_embedding(name, kind):
+        module = Tensors("an embedding, by its name")
+    else:
+        module = Tensors()
+    for leaf, tensor in tensors.items():
+        # Not register_parameter: a state dict may use any name, also one that nn.Module has.
+        if isinstance(tensor, nn.Parameter):
+            module._parameters[leaf] = tensor
+        else:
+            module._buffers[leaf] = tensor
+    return module

@@ -1,0 +1,202 @@
+"""Quantization with a scale: the one formula of qkit, for any format and any block shape.
+
+    q = clamp(round(x / scale) + zero_point, qmin, qmax)        x' = (q - zero_point) * scale
+
+for integers, and for narrow floats and codebooks (:mod:`qkit.numerics.values`)
+
+    q = the code of the value nearest to x / scale              x' = value(q) * scale
+
+Rounding is half to even. Symmetric formats have no zero point. This is the formula of
+Jacob et al. 2018 (arXiv 1712.05877, section 2.1) with these choices, which live here and
+nowhere else:
+
+* Every range is widened to contain zero, so that zero is exact and a block of values in
+  [10, 11] is covered by [0, 11] instead of being clamped to nonsense.
+* The exact scale is ``max(-lo, hi) / qmax`` (symmetric, narrow), ``(hi - lo) / (qmax - qmin)``
+  (affine) or ``max(-lo, hi) / greatest magnitude`` (float, codebook), computed in float64 and
+  then rounded *up* to the format in which it is stored. Codes are computed with the stored
+  scale. So nothing inside the range is ever clipped by more than the rounding of the zero point,
+  and ``|x' - x| <= |scale| / 2`` holds for every x in the range.
+* A full symmetric range has one more code below zero than above. That code goes to the side of
+  the greatest magnitude: the scale is *negative* where that is the positive side. With ``a`` the
+  greater and ``b`` the lesser of -lo and hi, ``|scale| = max(a / -qmin, b / (qmax + 1/2))``. (Of
+  4 bits that is up to 1/8 finer than the narrow range: 1.2 dB for nothing.)
+* A scale's magnitude is at least the smallest normal number of its format. A block of zeros (or
+  of denormal numbers that small) has that scale and codes that are exactly zero (or nearly so).
+* The zero point is ``qmin - round(lo / scale)``: always inside [qmin, qmax].
+* An e8m0 scale is that of the microscaling formats: ``2^(floor(log2(max(-lo, hi))) - emax)``, with
+  ``emax`` the exponent of the greatest value of the element format, and at least 2^-127 (OCP
+  Microscaling Formats Specification 1.0, section 6.3). It may be too small by less than a factor
+  of two for the greatest values of a block, which then saturate.
+* NaN and infinity are refused by :func:`check_finite`; a range that overflows the scale's format
+  is refused too.
+* fp16, bf16 and fp32 values are divided in fp32, fp64 values in fp64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qkit.errors import InputError
+from qkit.numerics import fast
+from qkit.numerics.blocks import block_range, from_blocks, per_block, to_blocks
+from qkit.numerics.tensors import QParams, QTensor
+from qkit.numerics.values import decode, encode
+from qkit.spec import E8M0, Float, Format, Int, QSpec
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    """Raise :class:`~qkit.errors.InputError`, with counts, if ``x`` holds NaN or infinity."""
+    if not x.is_floating_point():
+        raise InputError("only real floating-point tensors are quantized", where=name, got=x.dtype)
+    # A sum is finite only if every term is: one cheap pass, and no mask in the common case. (The
+    # sum of finite values may overflow; then they are counted.)
+    if torch.isfinite(x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)):
+        return
+    nan, inf = int(torch.isnan(x).sum()), int(torch.isinf(x).sum())
+    if nan or inf:
+        raise InputError(
+            "the tensor is not finite",
+            where=name,
+            got=f"{nan} NaN and {inf} infinite of {x.numel()} values",
+            fix="repair or retrain the checkpoint; quantizing it would hide the damage",
+        )
+
+
+def _work(x: Tensor) -> Tensor:
+    """``x`` in the dtype in which it is divided."""
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def _round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The smallest normal number of ``dtype`` that is at least ``x`` (float64, not negative)."""
+    y = x.to(dtype)
+    y = torch.where(y.double() < x, torch.nextafter(y, torch.full_like(y, torch.inf)), y)
+    return y.clamp(min=torch.finfo(dtype).tiny)
+
+
+def _shared_exponent(amax: Tensor, fmt: Float) -> Tensor:
+    """The exact scale of a microscaling block with the greatest magnitude ``amax`` (float64)."""
+    power = amax / (2 * torch.frexp(amax).mantissa)  # exact; NaN for a block of zeros
+    return torch.where(amax > 0, power / 2.0**fmt.emax, 0.0).clamp(min=E8M0.smallest)
+
+
+def choose_qparams(x: Tensor, spec: QSpec, *, name: str = "tensor") -> QParams:
+    """Scale and zero point of each block of ``x`` from its least and greatest value.
+
+    ``x`` has any shape and float dtype; the result has ``spec.granularity.scale_shape(x.shape)``.
+    ``name`` is for messages. Raises :class:`~qkit.errors.InputError` if ``x`` is not finite.
+    """
+    check_finite(x, name)
+    lo, hi = block_range(x, spec.granularity.block_shape(tuple(x.shape)))
+    return qparams_from_range(lo, hi, spec, name=name)
+
+
+def qparams_from_range(lo: Tensor, hi: Tensor, spec: QSpec, *, name: str = "tensor") -> QParams:
+    """Scale and zero point for the ranges ``[lo, hi]``, one for each element; ``lo <= 0 <= hi``.
+
+    Raises :class:`~qkit.errors.InputError` for a range that overflows the scale or fp32.
+    """
+    fmt = spec.format
+    dtype = scale_dtype(spec)
+    low, high = lo.double(), hi.double()
+    if isinstance(fmt, Float) and spec.scale == E8M0:
+        exact = _shared_exponent(torch.maximum(-low, high), fmt)
+    elif not isinstance(fmt, Int):
+        exact = torch.maximum(-low, high) / fmt.max
+    elif spec.symmetric and fmt.narrow:
+        exact = torch.maximum(-low, high) / fmt.qmax
+    elif spec.symmetric:
+        greater, lesser = torch.maximum(-low, high), torch.minimum(-low, high)
+        exact = torch.maximum(greater / -fmt.qmin, lesser / (fmt.qmax + 0.5))
+    else:
+        exact = (high - low) / (fmt.qmax - fmt.qmin)
+    scale = exact.to(dtype) if spec.scale == E8M0 else _round_up(exact, dtype)
+    if not torch.isfinite(scale.double()).all():  # torch holds every e8m0 for finite
+        raise InputError(
+            f"the range overflows the {spec.scale} scale", where=name, got=f"{float(exact.max()):g}"
+        )
+    if not isinstance(fmt, Int):
+        _check_outermost(scale.double() * fmt.max, name)
+        return QParams(scale)
+    if spec.symmetric and not fmt.narrow:
+        scale = torch.where(high > -low, -scale, scale)
+    zero_point = torch.zeros_like(low)
+    if not spec.symmetric:
+        zero_point = (fmt.qmin - torch.round(low / scale.double())).clamp(fmt.qmin, fmt.qmax)
+    outermost = torch.maximum(fmt.qmax - zero_point, zero_point - fmt.qmin) * scale.double().abs()
+    _check_outermost(outermost, name)
+    return QParams(scale, None if spec.symmetric else zero_point.to(code_dtype(fmt)))
+
+
+def _check_outermost(value: Tensor, name: str) -> None:
+    """The outermost code may stand for more than the greatest value; it must stay a number."""
+    if not torch.isfinite(value.float()).all():
+        raise InputError("the range overflows fp32", where=name, got=f"{float(value.max()):g}")
+
+
+def scale_dtype(spec: QSpec) -> torch.dtype:
+    """The dtype of a stored scale; ``TypeError`` for a cast, which has none."""
+    if spec.scale is None:
+        raise TypeError(f"{spec.format} has no scale: cast it (qkit.numerics.cast)")
+    dtype: torch.dtype = getattr(torch, spec.scale.torch_name)
+    return dtype
+
+
+def code_dtype(fmt: Format) -> torch.dtype:
+    """The dtype of unpacked codes, one byte each: int8 for signed integers, else uint8."""
+    return torch.int8 if isinstance(fmt, Int) and fmt.signed else torch.uint8
+
+
+def quantize(x: Tensor, qparams: QParams, spec: QSpec) -> QTensor:
+    """The codes of ``x``, of the same shape. ``x`` must be finite (:func:`check_finite`)."""
+    fmt = spec.format
+    if spec.is_cast:
+        raise TypeError(f"{fmt} has no codes: cast it (qkit.numerics.cast)")
+    x, block_shape = _work(x), spec.granularity.block_shape(tuple(x.shape))
+    if isinstance(fmt, Int) and fmt.signed:
+        scale, zero_point = qparams.scale, qparams.zero_point
+        by_kernel = fast.quantize(x, scale, zero_point, block_shape, fmt.qmin, fmt.qmax)
+        if by_kernel is not None:
+            return QTensor(by_kernel, qparams, spec)
+    blocks = to_blocks(x, block_shape)
+    codes = blocks / per_block(qparams.scale).to(blocks.dtype)
+    if isinstance(fmt, Int):
+        codes.round_()
+        if qparams.zero_point is not None:
+            codes += per_block(qparams.zero_point)
+        codes = codes.clamp_(fmt.qmin, fmt.qmax).to(code_dtype(fmt))
+    else:
+        codes = encode(codes, fmt)
+    return QTensor(from_blocks(codes, tuple(x.shape)), qparams, spec)
+
+
+def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of ``q``: ``(code - zero_point) * scale``, or ``value(code) * scale``.
+
+    Computed in fp32 (fp64 for fp64); the result has the shape of ``q``.
+    """
+    block_shape, codes, fmt = q.spec.granularity.block_shape(q.shape), q.codes, q.spec.format
+    if not isinstance(fmt, Int):
+        codes = decode(codes, fmt, torch.float64 if dtype == torch.float64 else torch.float32)
+    return dequantize_blocks(codes, q.qparams.scale, q.qparams.zero_point, block_shape, dtype)
+
+
+def dequantize_blocks(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    block_shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """:func:`dequantize` for callers that hold a block shape instead of a spec (kernels do)."""
+    if dtype != torch.float64:
+        by_kernel = fast.dequantize(codes, scale, zero_point, block_shape)
+        if by_kernel is not None:
+            return by_kernel.to(dtype)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    blocks = to_blocks(codes, block_shape).to(work)
+    if zero_point is not None:
+        blocks = blocks - per_block(zero_point).to(work)
+    return from_blocks(blocks * per_block(scale).to(work), tuple(codes.shape)).to(dtype)

@@ -1,0 +1,48 @@
+"""The values that numerics hands around: ``QParams`` and ``QTensor``. Not tensor subclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qkit.spec import QSpec
+
+
+@dataclass(frozen=True, eq=False)
+class QParams:
+    """``scale`` (a float tensor) and ``zero_point`` (int8 or uint8, or ``None`` where symmetric).
+
+    Both have the shape ``granularity.scale_shape(x.shape)``. The scale of a full symmetric range
+    may be negative.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """Quantized numbers, unpacked: one int8 (or uint8) code for each value of ``codes``' shape.
+
+    The value of an integer code is ``(code - zero_point) * scale``, that of any other
+    ``value(code) * scale`` (:mod:`qkit.numerics.values`).
+    """
+
+    codes: Tensor
+    qparams: QParams
+    spec: QSpec
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor that was quantized."""
+        return tuple(self.codes.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, scales and zero points included, per value."""
+        bits = self.codes.numel() * self.spec.format.bits
+        for param in (self.qparams.scale, self.qparams.zero_point):
+            if param is not None:
+                bits += param.numel() * param.element_size() * 8
+        return bits / max(self.codes.numel(), 1)

@@ -1,0 +1,74 @@
+"""Facts about the machine and the versions, for every record."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+DISTRIBUTION = "qkit-torch"
+PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "transformers",
+    "torchao",
+    "executorch",
+    "onnx",
+    "onnxruntime",
+    "optimum-quanto",
+)
+
+# What low-bit kernels are written for, as Linux names them: x86, then ARM.
+_ISA = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16",
+        "avx512_fp16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve")  # fmt: skip
+
+
+def package_version(package: str) -> str | None:
+    """The installed version of a distribution, without importing it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, qkit and the installed packages that qkit works with."""
+    found = {name: package_version(name) for name in PACKAGES}
+    own = {"python": platform.python_version(), "qkit": package_version(DISTRIBUTION) or "source"}
+    return own | {name: number for name, number in found.items() if number}
+
+
+def machine() -> dict[str, object]:
+    """Processor, instruction sets, cores, threads, memory and system."""
+    info = _cpuinfo()
+    flags = set(info.get("flags", info.get("Features", "")).split())
+    torch = sys.modules.get("torch")
+    return {
+        "cpu": info.get("model name", platform.processor() or platform.machine()),
+        "arch": platform.machine(),
+        "isa": [name for name in _ISA if name in flags],
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "threads": torch.get_num_threads() if torch else None,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def _cpuinfo() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    lines = (line.partition(":") for line in path.read_text().splitlines())
+    return {key.strip(): value.strip() for key, _, value in lines if key.strip()}
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory that this process has had so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

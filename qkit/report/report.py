@@ -1,0 +1,98 @@
+"""What a run measured: one type for the command line, the library, tests and benchmarks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qkit.errors import InputError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One module that owns parameters.
+
+    ``scheme`` is None where it was left in float, and then ``reason`` says why; else
+    ``algorithm`` says how the codes were found. ``bits_per_weight`` counts codes, scales and zero
+    points; ``sqnr_db`` is the weight's (None where exact or left). ``note`` is for what else a
+    reader should know, such as a tie.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    scheme: str | None = None
+    reason: str | None = None
+    algorithm: str | None = None
+    bits_per_weight: float | None = None
+    sqnr_db: float | None = None
+    note: str | None = None
+
+
+@dataclass
+class Report:
+    """The figures of one run. ``to_json`` has exactly the keys of the fields below.
+
+    ``coverage`` parameters, quantized_parameters, fraction, layers_quantized, layers_left
+    ``size_bytes`` source, artifact (its weights file), ratio, folder (all files)
+    ``error`` sqnr_db, cosine, max_abs against the float model, level (model or weights), inputs
+    ``latency_ms`` float and quantized {median, p10, p90, repeats}, speedup, threads
+    ``kernels`` implementation -> calls in one forward pass (counted, not assumed)
+    ``verification`` status, level, runtime, fresh_process, checks
+    ``remarks`` plain sentences: what is not faster and why, what was assumed
+    """
+
+    scheme: str
+    scheme_long: str
+    target: str
+    layers: list[LayerRow] = field(default_factory=list)
+    coverage: dict[str, Any] = field(default_factory=dict)
+    size_bytes: dict[str, Any] = field(default_factory=dict)
+    error: dict[str, Any] = field(default_factory=dict)
+    latency_ms: dict[str, Any] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
+    verification: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    artifact: str | None = None
+    peak_rss_bytes: int = 0
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """This report as plain data."""
+        return {"format": FORMAT} | asdict(self)
+
+    def dumps(self) -> str:
+        """This report as JSON text (strict: no NaN, no infinity)."""
+        return json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Report:
+        """The report that :meth:`to_json` described."""
+        if data.get("format") != FORMAT:
+            raise InputError("unknown report format", got=data.get("format"), wanted=FORMAT)
+        fields = {key: value for key, value in data.items() if key != "format"}
+        rows = [LayerRow(**row | {"shape": tuple(row["shape"])}) for row in fields.pop("layers")]
+        return Report(layers=rows, **fields)
+
+
+def coverage(rows: list[LayerRow]) -> dict[str, Any]:
+    """How much of a model was quantized, from its rows."""
+    total = sum(row.parameters for row in rows)
+    done = [row for row in rows if row.scheme is not None]
+    quantized = sum(row.parameters for row in done)
+    return {
+        "parameters": total,
+        "quantized_parameters": quantized,
+        "fraction": round(quantized / total, 6) if total else 0.0,
+        "layers_quantized": len(done),
+        "layers_left": len(rows) - len(done),
+    }

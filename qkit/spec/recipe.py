@@ -1,0 +1,103 @@
+"""Recipes: how a whole model is treated, as ordered rules. The first rule that matches wins."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from qkit.errors import InputError, UsageError
+from qkit.spec.plain import from_a_file, show, take
+from qkit.spec.scheme import Scheme
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``match`` -> ``scheme`` (or ``None``: leave it as it is).
+
+    ``match`` is one of ``*`` (everything), ``re:<pattern>`` (a regular expression that must match
+    from the start of the full name), a class name such as ``Linear``, or a full module name,
+    which also stands for everything below it.
+    """
+
+    match: str
+    scheme: Scheme | None
+    algorithm: str = "rtn"  # how the codes are found: a key of qkit.algorithms
+
+    def __post_init__(self) -> None:
+        if not self.match:
+            raise UsageError(
+                "an empty name matches nothing", fix="give a module name or re:<pattern>"
+            )
+        if self.match.startswith("re:"):
+            try:
+                re.compile(self.match[3:])
+            except re.error as error:
+                raise UsageError(f"not a regular expression: {error}", got=self.match) from error
+
+    def matches(self, name: str, kind: str) -> bool:
+        """Whether this rule speaks of the module ``name`` of class ``kind``."""
+        if self.match.startswith("re:"):
+            return re.match(self.match[3:], name) is not None
+        return self.match in ("*", kind, name) or name.startswith(self.match + ".")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Ordered rules; JSON round-trips, and the resolved recipe travels in the artifact."""
+
+    rules: tuple[Rule, ...]
+
+    @staticmethod
+    def simple(
+        scheme: Scheme,
+        ignore: Sequence[str] = (),
+        targets: Sequence[str] = ("*",),
+        algorithm: str = "rtn",
+    ) -> Recipe:
+        """``targets`` get ``scheme`` by ``algorithm``, except what ``ignore`` names."""
+        left = tuple(Rule(pattern, None) for pattern in ignore)
+        return Recipe(left + tuple(Rule(pattern, scheme, algorithm) for pattern in targets))
+
+    def rule_for(self, name: str, kind: str) -> Rule | None:
+        """The first rule that matches the module ``name`` of class ``kind``."""
+        return next((rule for rule in self.rules if rule.matches(name, kind)), None)
+
+    def unused(self, modules: Iterable[tuple[str, str]]) -> list[Rule]:
+        """The rules that match no module at all; ``modules`` are (name, class name) pairs."""
+        known = list(modules)
+        return [rule for rule in self.rules if not any(rule.matches(*m) for m in known)]
+
+    def to_json(self) -> dict[str, object]:
+        """This recipe as plain data."""
+        rules = [
+            {"match": r.match, "scheme": r.scheme and r.scheme.to_json(), "algorithm": r.algorithm}
+            for r in self.rules
+        ]
+        return {"version": VERSION, "rules": rules}
+
+    def dumps(self) -> str:
+        """This recipe as JSON text."""
+        return json.dumps(self.to_json(), indent=2)
+
+    @staticmethod
+    def from_json(data: object) -> Recipe:
+        """The recipe that :meth:`to_json` described, else :class:`~qkit.errors.InputError`.
+
+        An unknown version is refused before anything else is looked at.
+        """
+        version = data.get("version") if isinstance(data, dict) else None
+        if isinstance(data, dict) and (type(version) is not int or version != VERSION):
+            raise InputError("unknown recipe version", got=show(version), wanted=VERSION)
+        _, rules = take(data, "recipe", {"version": int, "rules": list})
+        return Recipe(tuple(_rule(rule) for rule in rules))
+
+
+def _rule(data: object) -> Rule:
+    kinds = {"match": str, "scheme": object, "algorithm": str}
+    match, scheme, algorithm = take(data, "rule", kinds)
+    with from_a_file("rule"):
+        return Rule(match, None if scheme is None else Scheme.from_json(scheme), algorithm)

@@ -1,0 +1,75 @@
+"""Where a model is deployed: each target can check, export, load and run. No torch in this file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qkit.errors import RequestError, UsageError, nearest
+from qkit.spec import Int, Scheme
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """A row of ``qkit targets``: what a target is, the extra that it needs (if any), and
+    ``expresses``, which tells whether it can run a scheme."""
+
+    name: str
+    module: str
+    extra: str | None
+    summary: str
+    expresses: Callable[[Scheme], bool]
+
+
+def _torch_expresses(scheme: Scheme) -> bool:
+    """Integer weights alone, or a cast to a type in which torch computes (not fp8)."""
+    if scheme.is_cast:
+        return scheme.weight.format.bits >= 16
+    return scheme.weight_only and isinstance(scheme.weight.format, Int)
+
+
+TARGETS = {
+    "torch": TargetInfo(
+        "torch",
+        "qkit.targets.torch",
+        None,
+        "safetensors + JSON (+ a torch.export program), loaded with qkit.load",
+        _torch_expresses,
+    ),
+}
+
+
+def check(name: str, scheme: Scheme) -> None:
+    """Refuse an unknown target, or a scheme that it cannot express, before any work is done.
+
+    Raises :class:`~qkit.errors.UsageError` or :class:`~qkit.errors.RequestError`.
+    """
+    if name not in TARGETS:
+        raise UsageError(
+            "unknown target", got=repr(name), wanted=nearest(name, TARGETS), fix="see: qkit targets"
+        )
+    if not TARGETS[name].expresses(scheme):
+        lacks, fix = _obstacle(scheme)
+        raise RequestError(
+            f"the target {name!r} {lacks}",
+            got=scheme.name,
+            wanted="a weight-only scheme (w8a16, w4a16-g128, ...) or a cast (fp16, bf16)",
+            fix=fix,
+        )
+
+
+def _obstacle(scheme: Scheme) -> tuple[str, str]:
+    """What no target has yet, and what to ask for instead."""
+    fmt = scheme.weight.format
+    if isinstance(fmt, Int):
+        instead = f"--scheme {Scheme(scheme.weight).name} has these weights and exact activations"
+        return "has no layers with quantized activations yet", instead
+    instead = "--scheme w8a16" if fmt.bits == 8 else "--scheme w4a16-g32"
+    if scheme.is_cast:
+        return f"cannot run a whole model in {fmt}: most of torch's operators lack it", instead
+    return f"has no layers with {fmt} weights yet", instead
+
+
+def targets_of(scheme: Scheme) -> list[str]:
+    """The names of the targets that can express ``scheme``."""
+    return [target.name for target in TARGETS.values() if target.expresses(scheme)]

@@ -1,0 +1,229 @@
+"""The artifact: a folder of plain files, listed with their hashes in ``qkit.json``.
+
+======================  ==========================================================================
+``model.safetensors``   every tensor once, quantized ones in the layout of ``qkit.packing.store``
+``qkit.json``           format version, per-layer spec, ties, recipe, source hashes, versions,
+                        how to rebuild the architecture, the hashes of the files below, and
+                        last its own (of the text with this last hash left empty)
+``program.pt2``         a torch.export program without weights (they are taken from
+                        ``model.safetensors``): runs without the model's Python class
+``check.safetensors``   inputs and the outputs that a loaded artifact must reproduce
+``architecture.json``   the ``config.json`` of a Hugging Face folder; its tokenizer files and
+                        other small files keep their names
+``report.json``         what the run measured; the only file that differs between two equal runs
+======================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qkit.errors import InputError
+from qkit.spec import Int, PerChannel, PerGroup, PerTensor, QSpec
+from qkit.spec.plain import show, take
+
+FORMAT_VERSION = 1
+META, WEIGHTS, PROGRAM = "qkit.json", "model.safetensors", "program.pt2"
+CHECK, REPORT, ARCHITECTURE = "check.safetensors", "report.json", "architecture.json"
+
+
+BUILDERS = {"factory": {"factory": str}, "transformers": {"class": str}}
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+MAX_WEIGHT = 1 << 48
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """How a quantized layer is stored: its class, the shape and dtype of its weight, the spec."""
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: QSpec
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a run wrote: the folder and the contents of its ``qkit.json``.
+
+    ``meta`` is what the file says; the properties check it first and raise
+    :class:`~qkit.errors.InputError`, because an artifact may come from anybody.
+    """
+
+    path: Path
+    meta: dict[str, Any]
+
+    @property
+    def layers(self) -> dict[str, LayerFacts]:
+        """The quantized layers by name."""
+        with self._reading("layers"):
+            return {name: _layer(facts) for name, facts in _items(self.meta.get("layers"), dict)}
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Names of tensors that are stored under another name."""
+        with self._reading("aliases"):
+            return dict(_items(self.meta.get("aliases"), str))
+
+    @property
+    def buffers(self) -> set[str]:
+        """Names of tensors that are not parameters of the model."""
+        names = self.meta.get("buffers")
+        with self._reading("buffers"):
+            if not isinstance(names, list) or any(type(name) is not str for name in names):
+                raise InputError("not a list of names", got=show(names))
+            return set(names)
+
+    @property
+    def builder(self) -> dict[str, str] | None:
+        """How the architecture is rebuilt: ``kind`` and what that kind needs."""
+        builder = self.meta.get("builder")
+        with self._reading("builder"):
+            if builder is None:
+                return None
+            kind = builder.get("kind") if isinstance(builder, dict) else None
+            if not isinstance(kind, str) or kind not in BUILDERS:
+                raise InputError("unknown architecture", got=show(builder))
+            take(builder, "architecture", {"kind": str} | BUILDERS[kind])
+            return dict(builder)
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Bytes and SHA-256 of every file that belongs to the artifact."""
+        with self._reading("files"):
+            files = dict(_items(self.meta.get("files"), dict))
+            for name, facts in files.items():
+                take(facts, "file", {"bytes": int, "sha256": str})
+                if Path(name).name != name or name in (META, "", ".", ".."):
+                    raise InputError("a file lies outside the artifact", got=show(name))
+            return files
+
+    @contextmanager
+    def _reading(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            raise InputError(
+                f"{META} is corrupt: {key}: {error}", where=str(self.path / META)
+            ) from error
+
+    @property
+    def size_bytes(self) -> dict[str, int]:
+        """Bytes on disk of each file."""
+        return {p.name: p.stat().st_size for p in sorted(self.path.iterdir()) if p.is_file()}
+
+
+def _items(data: object, kind: type) -> list[tuple[str, Any]]:
+    """The entries of a JSON object whose values are all of one type."""
+    if not isinstance(data, dict) or any(type(value) is not kind for value in data.values()):
+        raise InputError("not a table", got=show(data), wanted=f"names and {kind.__name__} values")
+    return list(data.items())
+
+
+def _layer(data: dict[str, Any]) -> LayerFacts:
+    kinds = {"class": str, "shape": list, "dtype": str, "spec": dict}
+    kind, shape, dtype, spec = take(data, "layer", kinds)
+    if dtype not in FLOATS:
+        raise InputError("not the dtype of a weight", got=show(dtype), wanted=", ".join(FLOATS))
+    whole = len(shape) >= 2 and all(type(n) is int and n > 0 for n in shape)
+    if not whole or math.prod(shape) > MAX_WEIGHT:
+        raise InputError("not the shape of a weight", got=show(shape))
+    facts = LayerFacts(kind, tuple(shape), dtype, QSpec.from_json(spec))
+    fmt, granularity = facts.spec.format, facts.spec.granularity
+    rows = granularity in (PerTensor(), PerChannel(0))
+    groups = isinstance(granularity, PerGroup) and granularity.axis == -1
+    if not (isinstance(fmt, Int) and fmt.signed and (rows or groups)):
+        raise InputError("no layer has such a weight", got=facts.spec.describe())
+    return facts
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> Artifact:
+    """Write ``qkit.json`` with ``meta`` and the hashes of all files that lie in ``folder``."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name not in (META, REPORT)
+    }
+    meta = {"format_version": FORMAT_VERSION} | meta | {"files": files, "sha256": ""}
+    meta["sha256"] = _own_hash(_dumps(meta), "")
+    (folder / META).write_text(_dumps(meta), encoding="utf-8")
+    return Artifact(folder, meta)
+
+
+def _dumps(meta: dict[str, Any]) -> str:
+    return json.dumps(meta, indent=2) + "\n"
+
+
+def _own_hash(text: str, stated: str) -> str:
+    """The SHA-256 of ``text`` with the hash that it states of itself left empty."""
+    head, key, tail = text.rpartition('"sha256": "')
+    return hashlib.sha256((head + key + tail.removeprefix(stated)).encode()).hexdigest()
+
+
+def read_artifact(path: str | Path) -> Artifact:
+    """The artifact in the folder ``path``; :class:`~qkit.errors.InputError` if it is none."""
+    folder = Path(path)
+    file = folder / META
+    if not file.is_file():
+        raise InputError("not a qkit artifact", where=str(folder), wanted=f"a folder with {META}")
+    try:
+        text = file.read_bytes().decode()  # not read_text, which makes \r\n into \n
+        meta = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{META} is corrupt: {error}", where=str(folder)) from error
+    except OSError as error:
+        raise InputError(f"cannot read {META}: {error.strerror}", where=str(folder)) from error
+    version = meta.get("format_version") if isinstance(meta, dict) else None
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise InputError(
+            "unknown artifact version",
+            where=str(file),
+            got=show(version),
+            wanted=FORMAT_VERSION,
+            fix="use the qkit version that wrote it, or quantize again",
+        )
+    stated = meta.get("sha256")
+    if not isinstance(stated, str) or _own_hash(text, stated) != stated:
+        raise InputError(
+            f"{META} is corrupt: it is not the file that was written",
+            where=str(file),
+            fix="copy the artifact again, or quantize again",
+        )
+    return Artifact(folder, meta)
+
+
+def check_files(artifact: Artifact) -> None:
+    """Raise :class:`~qkit.errors.InputError` if a file is missing or is not the one written."""
+    files = artifact.files
+    if unlisted := {WEIGHTS, CHECK} - files.keys():
+        raise InputError(
+            f"{META} is corrupt: it does not list {', '.join(sorted(unlisted))}",
+            where=str(artifact.path / META),
+        )
+    for name, facts in files.items():
+        path = artifact.path / name
+        if not path.is_file():
+            raise InputError("a file of the artifact is missing", where=str(path))
+        if path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
+            raise InputError(
+                "a file of the artifact is not the one that was written",
+                where=str(path),
+                wanted=f"{facts['bytes']} bytes, sha256 {facts['sha256'][:12]}...",
+                fix="copy the artifact again, or quantize again",
+            )

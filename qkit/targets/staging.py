@@ -1,0 +1,216 @@
+"""Outputs appear whole or not at all: write beside the destination, sync, rename.
+
+A run that is killed leaves hidden folders beside its output, which the next run for the same
+output puts in order:
+
+``.NAME.partial-PID``   what was being written: removed
+``.NAME.old-PID``       the artifact that ``--overwrite`` was replacing: brought back if ``NAME`` is
+                        missing (the kill came between the two renames), else removed
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from safetensors import SafetensorError
+
+from qkit.errors import OutputError, UsageError
+
+# The file that makes a folder an artifact of ours; only such a folder is ever replaced.
+MARKER = "qkit.json"
+
+# What this process is writing now: a folder with our own process number that is not listed here
+# was left by a dead run (in a container every run may have the same number).
+_active: set[Path] = set()
+
+
+def check_destination(out: Path, *, overwrite: bool) -> None:
+    """Refuse a destination that cannot be written, before any work is paid for.
+
+    What a killed run was replacing is brought back first, so that it counts as existing.
+
+    Raises :class:`~qkit.errors.UsageError` if it exists (and is not an artifact to overwrite),
+    :class:`~qkit.errors.OutputError` if its parent folder cannot be written.
+    """
+    with _as_output_error(out):
+        _restore(out.absolute())
+        if os.path.lexists(out) and not _is_empty(out):
+            if not _is_ours(out):
+                raise UsageError(
+                    "the output exists and is not a qkit artifact; it is left alone",
+                    where=str(out),
+                    fix="choose another --output",
+                )
+            if not overwrite:
+                raise UsageError(
+                    "the output exists", where=str(out), fix="--overwrite, or another --output"
+                )
+        parent = out.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir():
+            raise OutputError("the output's parent is not a folder", where=str(parent))
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(
+                "the output folder is read-only", where=str(parent), fix="another --output"
+            )
+
+
+def _is_ours(out: Path) -> bool:
+    return out.is_dir() and not out.is_symlink() and (out / MARKER).is_file()
+
+
+def _is_empty(out: Path) -> bool:
+    return out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+
+
+@contextmanager
+def _as_output_error(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(f"cannot write the output: {reason}", where=str(out)) from error
+
+
+@contextmanager
+def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A fresh folder to write in; it becomes ``out`` when the block ends without an error.
+
+    After an error or an interrupt there is nothing new on disk.
+    """
+    check_destination(out, overwrite=overwrite)
+    out = out.absolute()
+    with _as_output_error(out), _parents(out), _folder(out) as staging:
+        yield staging
+        for path in sorted(staging.rglob("*")):
+            _sync(path)
+        _sync(staging)
+        # Again: something may have appeared there meanwhile.
+        check_destination(out, overwrite=overwrite)
+        with _undisturbed():
+            _replace(staging, out)
+
+
+@contextmanager
+def _parents(out: Path) -> Iterator[None]:
+    """The missing parents of ``out`` are made for the block, and removed if it fails."""
+    made = [parent for parent in out.parents if not parent.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in made:
+            try:
+                parent.rmdir()
+            except OSError:  # somebody else has written there
+                break
+        raise
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    _remove_stale(out)
+    first = f".{out.name}.partial-{os.getpid()}"
+    names = [first, *(f"{first}.{n}" for n in range(1, len(_active) + 1))]
+    staging = next(path for name in names if (path := out.parent / name) not in _active)
+    _active.add(staging)
+    try:
+        staging.mkdir()
+        yield staging
+    finally:
+        with _undisturbed():
+            shutil.rmtree(staging, ignore_errors=True)
+            _active.discard(staging)
+
+
+def _replace(staging: Path, out: Path) -> None:
+    if not _is_ours(out):
+        staging.rename(out)  # to a free name, or atomically over an empty folder
+    else:
+        old = out.parent / staging.name.replace(".partial-", ".old-")
+        out.rename(old)
+        try:
+            staging.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(out.parent)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C, and what the command line handles like it, waits until the block is done."""
+    waiting: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        waiting.append(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # only the main thread is ever interrupted
+    before = {n: handler for n in numbers if callable(handler := signal.getsignal(n))}
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if waiting:
+            signal.raise_signal(waiting[0])
+
+
+def _leftovers(out: Path, kind: str) -> list[Path]:
+    """The hidden folders that dead runs left for ``out``."""
+    if not out.parent.is_dir():
+        return []
+    pattern = re.compile(re.escape(f".{out.name}.{kind}-") + r"(\d+)(?:\.\d+)?")
+    found = [(p, match) for p in out.parent.iterdir() if (match := pattern.fullmatch(p.name))]
+    return sorted(path for path, match in found if not _in_use(path, kind, int(match[1])))
+
+
+def _in_use(path: Path, kind: str, pid: int) -> bool:
+    if pid == os.getpid():
+        return path.with_name(path.name.replace(f".{kind}-", ".partial-")) in _active
+    return _alive(pid)
+
+
+def _restore(out: Path) -> None:
+    """Bring back what a run was replacing when it was killed."""
+    for old in _leftovers(out, "old"):
+        if not os.path.lexists(out) and _is_ours(old):
+            old.rename(out)
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what killed runs left behind for the same destination."""
+    for path in [*_leftovers(out, "partial"), *_leftovers(out, "old")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

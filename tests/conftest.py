@@ -1,0 +1,49 @@
+"""Settings shared by all tests: reproducible property tests, quiet libraries, small models."""
+
+from __future__ import annotations
+
+import os
+
+# Nothing here may reach for a network; said before any library looks.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import nn
+
+settings.register_profile(
+    "qkit",
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("qkit")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def mlp() -> nn.Sequential:
+    """Odd sizes on purpose."""
+    return nn.Sequential(nn.Linear(33, 31), nn.ReLU(), nn.Linear(31, 7)).eval()
+
+
+@pytest.fixture
+def cnn() -> nn.Sequential:
+    """A small network with both quantized kinds, a normalisation and odd channel counts."""
+    return nn.Sequential(
+        nn.Conv2d(3, 7, 3, padding=1),
+        nn.BatchNorm2d(7),
+        nn.ReLU(),
+        nn.Conv2d(7, 5, 3, stride=2, padding="valid"),
+        nn.AdaptiveAvgPool2d(3),
+        nn.Flatten(),
+        nn.Linear(45, 10),
+    ).eval()
