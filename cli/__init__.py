@@ -6,13 +6,14 @@ Nothing here imports torch until a command runs, so ``qkit --help`` answers at o
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 import threading
 import traceback
 import warnings
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -28,6 +29,10 @@ COMMANDS = (
     "doctor",
     "demo",
 )
+
+
+# How long a signal waits that must not interrupt yet.
+RETRY_SECONDS = 0.05
 
 
 class Stopped(BaseException):
@@ -104,15 +109,25 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _unwind_on_signals() -> None:
-    """Let SIGTERM and a closed terminal clean up as Ctrl-C does, unless they are ignored."""
+    """Let Ctrl-C, SIGTERM and a closed terminal unwind the command, unless they are ignored."""
 
-    def unwind(number: int, frame: FrameType | None) -> NoReturn:
-        raise Stopped(number)
+    def unwind(number: int, frame: FrameType | None) -> None:
+        if not _torch_is_starting():
+            raise Stopped(number)
+        later = threading.Timer(RETRY_SECONDS, os.kill, (os.getpid(), number))
+        later.daemon = True
+        later.start()
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_DFL:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(number, unwind)
+
+
+def _torch_is_starting() -> bool:
+    """Whether torch is being imported: its C code swallows an exception then, or aborts."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    return getattr(spec, "_initializing", False)
 
 
 def _interrupted(number: int) -> int:

@@ -14,7 +14,7 @@ from qkit.cli.common import (
 )
 
 
-@click.command()
+@click.command(short_help="Show how two models differ, layer by layer.")
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @click.option("--input", "input_spec", metavar="SHAPE", help="Random inputs, such as 1x3x32x32.")

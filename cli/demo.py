@@ -6,7 +6,7 @@ import click
 from qkit.cli.common import debug_option, json_option, progress_bar, quiet_option, seed_option
 
 
-@click.command()
+@click.command(short_help="Train a small CNN, quantize and verify it.")
 @click.option("--scheme", default="w8a16", show_default=True, help="See: qkit schemes.")
 @click.option(
     "-o",

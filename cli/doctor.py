@@ -6,13 +6,11 @@ import click
 from qkit.cli.common import debug_option, json_option, print_json
 
 
-@click.command()
+@click.command(short_help="Show what works on this machine.")
 @json_option
 @debug_option
 def command(as_json: bool, debug: bool) -> None:
     """Show versions, instruction sets, threads, compiler, and which extras work."""
-    import torch  # noqa: F401  (so that its thread count is known)
-
     from qkit.flows.doctor import doctor
 
     facts = doctor()
@@ -28,7 +26,8 @@ def command(as_json: bool, debug: bool) -> None:
     click.echo(f"{'C++ compiler':16} {facts['compiler'] or 'none'}")
     kernels = facts["kernels"]
     click.echo(f"{'native kernels':16} {kernels['status']}")
-    click.echo(f"{'':16} used for: {kernels['used_for']}; the rest is plain torch")
+    used = "used" if kernels["native"] else "would be used"
+    click.echo(f"{'':16} {used} for {kernels['used_for']}; the rest is plain torch")
     for extra, row in facts["extras"].items():
         states = ", ".join(f"{name}: {state}" for name, state in row["packages"].items())
         click.echo(f"{'extra ' + extra:16} {'works' if row['works'] else 'no'} ({states})")

@@ -6,7 +6,7 @@ import click
 from qkit.cli.common import debug_option, json_option, print_json
 
 
-@click.command()
+@click.command(short_help="Show a model's modules, parameters and bytes.")
 @click.argument("path", type=click.Path())
 @click.option(
     "--depth", type=click.IntRange(min=1), default=6, show_default=True, help="Levels shown."

@@ -48,7 +48,12 @@ from qkit.cli.common import (
     help="Real inputs, by argument name: to learn from and to compare on.",
 )
 @architecture_options
-@click.option("--min-coverage", type=click.FloatRange(0, 1), default=0.0, help="Else exit 5.")
+@click.option(
+    "--min-coverage",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Least share of parameters quantized, else exit 5.",
+)
 @click.option("--min-sqnr", type=float, metavar="DB", help="Least output SQNR, else exit 6.")
 @click.option("--dry-run", is_flag=True, help="Quantize and compare, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact at the output.")

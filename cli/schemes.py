@@ -32,7 +32,8 @@ def command(names: tuple[str, ...], as_json: bool, debug: bool) -> None:
         print_json({"schemes": rows, "aliases": ALIASES})
         return
     for name, scheme in schemes:
-        state = "" if targets_of(scheme) else "  [no target runs it yet]"
+        runs = ", ".join(targets_of(scheme))
+        state = f"  [target {runs}]" if runs else "  [no target runs it yet]"
         click.echo(f"{name:18} {PRESETS.get(scheme.name, 'as follows')}{state}")
         click.echo(f"{'':18} {scheme.long_form()}")
     if not names:

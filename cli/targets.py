@@ -6,7 +6,7 @@ import click
 from qkit.cli.common import debug_option, json_option, print_json
 
 
-@click.command()
+@click.command(short_help="List where a quantized model can run.")
 @json_option
 @debug_option
 def command(as_json: bool, debug: bool) -> None:
@@ -29,4 +29,5 @@ def command(as_json: bool, debug: bool) -> None:
     for row in rows:
         needs = f" (needs qkit-torch[{row['extra']}])" if row["extra"] else ""
         click.echo(f"{row['name']:8} {row['summary']}{needs}")
-        click.echo(f"{'':8} schemes: {', '.join(row['schemes'])}, and all that the grammar can say")
+        click.echo(f"{'':8} schemes such as {', '.join(row['schemes'])}")
+    click.echo("\nqkit schemes NAME tells what any other scheme means and which target runs it")

@@ -14,7 +14,7 @@ from qkit.cli.common import (
 )
 
 
-@click.command()
+@click.command(short_help="Check an artifact in a fresh process.")
 @click.argument("artifact", type=click.Path())
 @click.option("--source", type=click.Path(), help="The model file that was quantized.")
 @architecture_options

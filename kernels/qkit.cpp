@@ -3,6 +3,9 @@
 
 #include <atomic>
 #include <cstring>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "table.h"
 
@@ -44,10 +47,10 @@ const Table& table() {
 // Work on fewer values than this is done before other threads have woken up.
 constexpr int64_t GRAIN = 1 << 15;
 
-// body(first, last) for pieces of [0, n), each of about GRAIN values; `cost` values an item.
+// body(first, last) for pieces of [0, n), each of about `grain` values; `cost` values an item.
 template <class Body>
-void parallel(int64_t n, int64_t cost, int32_t threads, const Body& body) {
-    int64_t piece = GRAIN / (cost > 0 ? cost : 1) + 1;
+void parallel(int64_t n, int64_t cost, int32_t threads, const Body& body, int64_t grain = GRAIN) {
+    int64_t piece = grain / (cost > 0 ? cost : 1) + 1;
     int64_t pieces = (n + piece - 1) / piece;
     qkit_pool run = pool.load(std::memory_order_acquire);
     if (!run || threads <= 1 || pieces <= 1) {
@@ -69,6 +72,23 @@ void parallel(int64_t n, int64_t cost, int32_t threads, const Body& body) {
         }
     } job{body, n, piece, {0}};
     run(Job::task, &job, (unsigned)(threads < pieces ? threads : pieces), 0);
+}
+
+// The pages of a large new result are made when they are first written, which takes longer than
+// the work. Asks for pages of 2 MiB (where Linux makes them on request), and returns the grain with
+// which two threads seldom make the same one.
+template <class T>
+int64_t large(T* result, int64_t values, int32_t threads) {
+    (void)result;
+    int64_t grain = values / (8 * (threads > 0 ? threads : 1));
+    if (grain <= GRAIN) return GRAIN;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = 1 << 21, at = reinterpret_cast<uintptr_t>(result);
+    uintptr_t first = (at + page - 1) & ~(page - 1);
+    uintptr_t last = reinterpret_cast<uintptr_t>(result + values) & ~(page - 1);
+    if (first + page < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+    return grain < 1 << 20 ? grain : 1 << 20;
 }
 
 // A row (or, of a single long row, a run of whole blocks) is the unit of work.
@@ -121,49 +141,59 @@ QKIT_API void qkit_quantize(const float* x, int64_t rows, int64_t columns, int64
                             const float* scale, const int8_t* zero_point, int32_t qmin,
                             int32_t qmax, int8_t* codes, int32_t threads) {
     Rows m = shape(rows, columns, block);
-    parallel(m.rows, m.columns, threads, [&](int64_t first, int64_t last) {
+    auto body = [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; ++r)
             table().quantize(x + r * m.columns, m.columns, m.block, scale + r * m.blocks,
                              zero_point ? zero_point + r * m.blocks : nullptr, qmin, qmax,
                              codes + r * m.columns);
-    });
+    };
+    parallel(m.rows, m.columns, threads, body, large(codes, rows * columns, threads));
 }
 
 QKIT_API void qkit_dequantize(const int8_t* codes, int64_t rows, int64_t columns, int64_t block,
                               const float* scale, const int8_t* zero_point, float* x,
                               int32_t threads) {
     Rows m = shape(rows, columns, block);
-    parallel(m.rows, m.columns, threads, [&](int64_t first, int64_t last) {
+    auto body = [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; ++r)
             table().dequantize(codes + r * m.columns, m.columns, m.block, scale + r * m.blocks,
                                zero_point ? zero_point + r * m.blocks : nullptr,
                                x + r * m.columns);
-    });
+    };
+    parallel(m.rows, m.columns, threads, body, large(x, rows * columns, threads));
 }
 
-QKIT_API void qkit_pack(const uint8_t* codes, int64_t rows, int64_t columns, int32_t bits,
-                        int32_t offset, uint8_t* stream, int64_t stride, int32_t threads) {
-    parallel(rows, columns, threads, [&](int64_t first, int64_t last) {
+QKIT_API int32_t qkit_pack(const uint8_t* codes, int64_t rows, int64_t columns, int32_t bits,
+                           int32_t offset, uint8_t* stream, int64_t stride, int32_t threads) {
+    std::atomic<bool> fit{true};
+    auto body = [&](int64_t first, int64_t last) {
+        bool all = true;
         for (int64_t r = first; r < last; ++r)
-            table().pack(codes + r * columns, columns, bits, offset, stream + r * stride, stride);
-    });
+            all &= table().pack(codes + r * columns, columns, bits, offset, stream + r * stride,
+                                stride);
+        if (!all) fit.store(false, std::memory_order_relaxed);
+    };
+    parallel(rows, columns, threads, body, large(stream, rows * stride, threads));
+    return fit.load(std::memory_order_relaxed);
 }
 
 QKIT_API void qkit_unpack(const uint8_t* stream, int64_t rows, int64_t columns, int32_t bits,
                           int32_t offset, uint8_t* codes, int64_t stride, int32_t threads) {
-    parallel(rows, columns, threads, [&](int64_t first, int64_t last) {
+    auto body = [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; ++r)
             table().unpack(stream + r * stride, columns, bits, offset, codes + r * columns);
-    });
+    };
+    parallel(rows, columns, threads, body, large(codes, rows * columns, threads));
 }
 
 QKIT_API void qkit_decode(const uint8_t* weight, int64_t n, int64_t columns, int64_t stride,
                           int32_t bits, int64_t block, const float* scale,
                           const int8_t* zero_point, int32_t shared, float* x, int32_t threads) {
     Weight w = stored(weight, columns, stride, bits, block, scale, zero_point, shared);
-    parallel(n, columns, threads, [&](int64_t first, int64_t last) {
+    auto body = [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; ++r) table().decode(w, r, 0, columns, x + r * columns);
-    });
+    };
+    parallel(n, columns, threads, body, large(x, n * columns, threads));
 }
 
 QKIT_API int64_t qkit_linear_scratch(int64_t rows, int64_t columns) {

@@ -3,13 +3,14 @@
 // A matrix is [rows, columns], row-major and contiguous. `block` neighbours of a row share a scale
 // (the last block of a row may be short), so a parameter is [rows, blocks] with
 // blocks = ceil(columns / block). Pointers need no alignment. Inputs and outputs do not overlap.
-// `threads` is how many threads may work; functions are safe to call from several threads.
+// `threads` is how many threads may work; functions are safe to call from several threads. Where
+// Linux offers large pages on request, they are requested for results of several MiB.
 // Rounding is half to even, divisions are IEEE fp32: every instruction set gives the same bits.
 #pragma once
 #include <cstdint>
 
 // Raised whenever a signature or a layout changes; qkit/native.py holds the same number.
-#define QKIT_ABI 2
+#define QKIT_ABI 3
 
 #define QKIT_API extern "C" __attribute__((visibility("default")))
 
@@ -24,7 +25,8 @@ QKIT_API const char* qkit_use(const char* isa);
 typedef void (*qkit_pool)(void (*task)(void*), void* data, unsigned threads, unsigned flags);
 QKIT_API void qkit_set_pool(qkit_pool pool);
 
-// lo = min(0, least value), hi = max(0, greatest value) of each block; NaN is not looked for.
+// lo = min(0, least value), hi = max(0, greatest value) of each block; both are NaN where the block
+// holds NaN or infinity.
 QKIT_API void qkit_range(const float* x, int64_t rows, int64_t columns, int64_t block, float* lo,
                          float* hi, int32_t threads);
 
@@ -39,9 +41,10 @@ QKIT_API void qkit_dequantize(const int8_t* codes, int64_t rows, int64_t columns
                               int32_t threads);
 
 // Each row of codes, plus `offset`, as a little-endian stream of `bits` (1..8) bits, filled up with
-// zero bits to `stride` bytes (at least ceil(columns * bits / 8)).
-QKIT_API void qkit_pack(const uint8_t* codes, int64_t rows, int64_t columns, int32_t bits,
-                        int32_t offset, uint8_t* stream, int64_t stride, int32_t threads);
+// zero bits to `stride` bytes (at least ceil(columns * bits / 8)). Returns 1, or 0 if some code does
+// not fit in its bits: then the streams mean nothing.
+QKIT_API int32_t qkit_pack(const uint8_t* codes, int64_t rows, int64_t columns, int32_t bits,
+                           int32_t offset, uint8_t* stream, int64_t stride, int32_t threads);
 
 // The inverse of qkit_pack.
 QKIT_API void qkit_unpack(const uint8_t* stream, int64_t rows, int64_t columns, int32_t bits,

@@ -22,7 +22,7 @@ struct Table {
                      const int8_t* zero_point, int32_t qmin, int32_t qmax, int8_t* codes);
     void (*dequantize)(const int8_t* codes, int64_t n, int64_t block, const float* scale,
                        const int8_t* zero_point, float* x);
-    void (*pack)(const uint8_t* codes, int64_t n, int32_t bits, int32_t offset, uint8_t* stream,
+    bool (*pack)(const uint8_t* codes, int64_t n, int32_t bits, int32_t offset, uint8_t* stream,
                  int64_t stride);
     void (*unpack)(const uint8_t* stream, int64_t n, int32_t bits, int32_t offset, uint8_t* codes);
     void (*decode)(const Weight& weight, int64_t row, int64_t first, int64_t last, float* out);

@@ -1,8 +1,8 @@
 """The compiled kernels (``kernels/``), or nothing: every caller has a plain torch path as well.
 
 They are one shared library with a C interface, loaded with ctypes, so that one build serves every
-version of torch. ``QKIT_ISA`` forces an instruction set (``scalar``, ``avx2``, ``avx512``), and
-``QKIT_ISA=none`` does without the kernels.
+version of torch. ``QKIT_ISA`` forces an instruction set (``scalar``, ``avx2``, ``avx512``,
+``neon``), and ``QKIT_ISA=none`` does without the kernels.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 from qkit.errors import UsageError
 
 # The number in kernels/qkit.h: a library of another number was built from other sources.
-ABI = 2
-ISAS = ("scalar", "avx2", "avx512")
+ABI = 3
+ISAS = ("scalar", "avx2", "avx512", "neon")
 
 # Every function of the interface and its arguments: pointer, int64, int32.
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -82,6 +82,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     for name, arguments in SIGNATURES.items():
         getattr(kernels, name).argtypes = arguments
         getattr(kernels, name).restype = None
+    kernels.qkit_pack.restype = _I
     kernels.qkit_linear_scratch.argtypes = (_L, _L)
     kernels.qkit_linear_scratch.restype = _L
     return kernels, used.decode()

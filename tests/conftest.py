@@ -7,6 +7,9 @@ import os
 # Nothing here may reach for a network; said before any library looks.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# MKL (torch's float products and attention) gives the same bits in every process only when asked,
+# before it is loaded; the processes that tests start inherit it.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import pytest
 import torch

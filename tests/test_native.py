@@ -72,6 +72,18 @@ def test_range(kernels, columns, block):
         assert (lo[r, b], hi[r, b]) == (min(0, part.min()), max(0, part.max()))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("columns", SIZES)
+def test_the_range_shows_what_is_not_finite(kernels, columns, bad):
+    """Wherever it stands, and in its own block only."""
+    for at_column in range(columns):
+        x = guarded(values(3, columns))
+        x[1, at_column] = bad
+        lo, hi = np.zeros((3, 1), np.float32), np.zeros((3, 1), np.float32)
+        kernels.qkit_range(at(x), 3, columns, columns, at(lo), at(hi), 1)
+        assert np.isnan(lo).tolist() == np.isnan(hi).tolist() == [[False], [True], [False]]
+
+
 @pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("columns", SIZES)
@@ -110,11 +122,55 @@ def test_pack_and_unpack(kernels, columns, bits, signed):
     words = -(-columns * bits // 32)
     raw = guarded(codes.astype(np.int8 if signed else np.uint8).view(np.uint8))
     stream = guarded(np.full((3, words), -1, np.int32))
-    kernels.qkit_pack(at(raw), 3, columns, bits, -low, at(stream), words * 4, 2)
+    assert kernels.qkit_pack(at(raw), 3, columns, bits, -low, at(stream), words * 4, 2) == 1
     assert stream.tolist() == [pack_oracle(row.tolist(), bits, signed=signed) for row in codes]
     back = guarded(np.zeros((3, columns), np.uint8))
     kernels.qkit_unpack(at(stream), 3, columns, bits, -low, at(back), words * 4, 2)
     np.testing.assert_array_equal(back, raw)
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["int8", "uint8"])
+@pytest.mark.parametrize("bits", range(1, 8))
+@pytest.mark.parametrize("columns", SIZES)
+def test_a_code_that_does_not_fit_is_told(kernels, columns, bits, signed):
+    low = -(1 << (bits - 1)) if signed else 0
+    words = -(-columns * bits // 32)
+    stream = np.zeros((1, words), np.int32)
+    for code in [low + (1 << bits), *([low - 1] if signed else [])]:
+        for at_column in range(columns):
+            codes = np.full(columns, low, np.int8 if signed else np.uint8)
+            codes[at_column] = code
+            raw = guarded(codes.view(np.uint8))
+            assert not kernels.qkit_pack(at(raw), 1, columns, bits, -low, at(stream), words * 4, 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_results_that_ask_for_large_pages(kernels, threads):
+    """Each result here has several MiB, at an odd address; nothing beyond it is touched."""
+    rows, columns, bits = 1301, 4099, 4
+    x = values(rows, columns)
+    scale = np.random.default_rng(0).uniform(0.2, 0.5, (rows, 1)).astype(np.float32)
+    want = np.clip(np.rint(x / scale), -8, 7).astype(np.int8)
+    words = -(-columns * bits // 32)
+
+    def fresh(dtype: type, columns: int) -> NDArray:
+        room = np.full(rows * columns + 2, 77, dtype)[1:-1].reshape(rows, columns)
+        assert room.nbytes > 2 << 20
+        return room
+
+    codes, back, out = fresh(np.int8, columns), fresh(np.int8, columns), fresh(np.float32, columns)
+    stream = fresh(np.int32, words)
+    size = rows, columns
+    kernels.qkit_quantize(at(x), *size, columns, at(scale), None, -8, 7, at(codes), threads)
+    np.testing.assert_array_equal(codes, want)
+    assert kernels.qkit_pack(at(codes), *size, bits, 8, at(stream), words * 4, threads) == 1
+    kernels.qkit_unpack(at(stream), *size, bits, 8, at(back), words * 4, threads)
+    np.testing.assert_array_equal(back, want)
+    kernels.qkit_dequantize(at(codes), *size, columns, at(scale), None, at(out), threads)
+    np.testing.assert_array_equal(out, want.astype(np.float32) * scale)
+    for result in (codes, back, out, stream):
+        assert result.base is not None
+        assert (result.base[0], result.base[-1]) == (77, 77)
 
 
 def test_many_rows_on_many_threads(kernels):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qkit.errors import MissingExtraError
+from qkit.targets.staging import as_output_error, write_whole
 
 CALIBRATION = 256  # images
 
@@ -87,13 +89,21 @@ def prepare(folder: Path, *, seed: int = 0) -> tuple[Path, Path, Digits]:
     """Train the model; write ``digits.pt`` (a pickled module) and ``digits-calib.npz``.
 
     The calibration images are training images: the test images are for the accuracy alone.
+
+    Raises :class:`~qkit.errors.OutputError` if ``folder`` cannot be written, and
+    :class:`~qkit.errors.MissingExtraError` if scikit-learn is not installed.
     """
     data = load_digits()
+    with as_output_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = digits_cnn()
     train(model, data, seed=seed)
-    folder.mkdir(parents=True, exist_ok=True)
     model_path, data_path = folder / "digits.pt", folder / "digits-calib.npz"
-    torch.save(model, model_path)
-    np.savez(data_path, input=data.train_x[:CALIBRATION].numpy())
+    model_file, data_file = io.BytesIO(), io.BytesIO()
+    torch.save(model, model_file)
+    np.savez(data_file, input=data.train_x[:CALIBRATION].numpy())
+    with as_output_error(folder):
+        write_whole(model_path, model_file.getvalue())
+        write_whole(data_path, data_file.getvalue())
     return model_path, data_path, data

@@ -39,7 +39,7 @@ def doctor() -> dict[str, Any]:
         "kernels": {
             "native": native.isa(),
             "status": native.status(),
-            "used_for": "packing and unpacking bits",
+            "used_for": "quantizing, packing, linear layers and entropy coding",
             "reference": "plain torch, any device",
         },
         "extras": {

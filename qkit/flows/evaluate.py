@@ -170,10 +170,10 @@ def fill_latency(
         "runtime": "torch eager",
     }
     if speedup <= MAX_SLOWDOWN:
-        report.remarks.append(_why_slow(report, speedup))
+        report.remarks.append(_why_slow(report, speedup, model))
 
 
-def _why_slow(report: Report, speedup: float) -> str:
+def _why_slow(report: Report, speedup: float, model: nn.Module) -> str:
     text = f"not faster: {speedup:.2f}x the float model's speed in torch eager"
     plain = [name.partition("[")[0] for name in report.kernels if "[reference]" in name]
     if plain:
@@ -186,8 +186,11 @@ def _why_slow(report: Report, speedup: float) -> str:
             ", although native kernels ran: with so little work in each layer, what they save is "
             "less than what a call costs"
         )
-    elif not report.kernels:
-        text += f", because this processor computes {report.scheme} no faster than fp32"
+    elif any(row.algorithm for row in report.layers):
+        text += ", because no quantized layer ran on these inputs"
+    else:
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        text += f", because {report.scheme} is computed here no faster than {str(dtype)[6:]}"
     return text
 
 

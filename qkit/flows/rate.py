@@ -14,17 +14,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qkit.algorithms import rtn
-from qkit.errors import InputError, RequestError, UsageError
+from qkit.errors import InputError, UsageError
 from qkit.models import load as load_model
 from qkit.nn import survey, tree
-from qkit.numerics import dequantize
+from qkit.numerics import cast, dequantize
 from qkit.packing.entropy import alphabet
 from qkit.report import tensor_sqnr_db
-from qkit.spec import PRESETS, QSpec, Scheme, parse
+from qkit.spec import PRESETS, Float, QSpec, Scheme, parse
 from qkit.targets.artifact import META
 
 DB_PER_BIT = 20 * math.log10(2)
@@ -35,8 +36,8 @@ class RatePoint:
     """One weight under one scheme; all rates in bits per weight, scales included.
 
     ``stored`` is what the packed layout takes; ``coded`` what an ideal entropy coder would make of
-    the codes (order 0: sum of -p log2 p); ``bound`` is R(D) at this SQNR, and None where there is
-    no error. ``gap`` is ``coded - bound``.
+    the codes (order 0: sum of -p log2 p; a cast's are its bit patterns); ``bound`` is R(D) at this
+    SQNR, and None where there is no error. ``gap`` is ``coded - bound``.
     """
 
     name: str
@@ -54,20 +55,27 @@ class RatePoint:
 
 
 def entropy_bits(codes: Tensor) -> float:
-    """The order-0 entropy of int8 or uint8 ``codes`` in bits per value; 0 for none."""
-    symbols = codes.contiguous().flatten().view(torch.uint8).numpy()
-    return alphabet.entropy(alphabet.counts(symbols))
+    """The order-0 entropy of codes of one or two bytes in bits per value; 0 for none."""
+    symbols = codes.contiguous().flatten()
+    if symbols.element_size() == 1:
+        return alphabet.entropy(alphabet.counts(symbols.view(torch.uint8).numpy()))
+    return alphabet.entropy(np.bincount(symbols.view(torch.int16).numpy().view(np.uint16)))
 
 
 def rate_point(weight: Tensor, spec: QSpec, *, name: str = "weight", scheme: str = "") -> RatePoint:
     """The rates and the error of ``weight`` ``[rows, columns]`` rounded to nearest by ``spec``."""
-    q = rtn(weight, spec, name=name)
-    sqnr = tensor_sqnr_db(weight, dequantize(q))
-    overhead = q.bits_per_weight - q.spec.format.bits
-    coded = entropy_bits(q.codes) + overhead
+    if spec.is_cast:
+        assert isinstance(spec.format, Float)
+        decoded, _ = cast(weight, spec.format, name=name)
+        stored, coded = float(spec.format.bits), entropy_bits(decoded)
+    else:
+        q = rtn(weight, spec, name=name)
+        decoded, stored = dequantize(q), q.bits_per_weight
+        coded = entropy_bits(q.codes) + stored - q.spec.format.bits
+    sqnr = tensor_sqnr_db(weight, decoded)
     bound = None if sqnr is None else max(0.0, sqnr / DB_PER_BIT)
     gap = None if bound is None else coded - bound
-    return RatePoint(name, scheme, weight.numel(), q.bits_per_weight, coded, sqnr, bound, gap)
+    return RatePoint(name, scheme, weight.numel(), stored, coded, sqnr, bound, gap)
 
 
 def default_schemes() -> list[str]:
@@ -89,12 +97,9 @@ def rate_distortion(
     """A :class:`RatePoint` for each quantizable weight of a float model under each scheme.
 
     Raises :class:`~qkit.errors.UsageError` for an artifact (its float weights are gone), and
-    :class:`~qkit.errors.RequestError` for a scheme without codes, such as a cast.
+    :class:`~qkit.errors.RequestError` for a cast to a type in which a weight overflows.
     """
     chosen = [parse(s) if isinstance(s, str) else s for s in schemes or default_schemes()]
-    for scheme in chosen:
-        if scheme.is_cast:
-            raise RequestError("a cast has no codes to count", got=scheme.name)
     points = []
     for entry in survey(_open(model, trust_pickle)):
         if entry.reason is not None or entry.tied_to is not None:

@@ -91,6 +91,8 @@ def from_npz(path: str | Path, model: nn.Module | None = None) -> Inputs:
             file = np.load(handle, allow_pickle=False)
             if isinstance(file, np.lib.npyio.NpzFile):
                 arrays = {name: file[name] for name in file.files}
+                if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+                    arrays = None  # some other zip archive: numpy gives its members as bytes
     except Exception as error:  # numpy raises many kinds for a file that is not one of its own
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(

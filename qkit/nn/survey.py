@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from qkit.nn.conv2d import QConv2d
 from qkit.nn.layer import QLayer
 from qkit.nn.linear import QLinear
-from qkit.nn.tree import Tensors
+from qkit.nn.tree import Tensors, without_form
 from qkit.ops.schema import FLOATS
 
 QUANTIZED: dict[type[nn.Module], type[QLayer]] = {
@@ -89,8 +89,6 @@ def _reason(module: nn.Module) -> str | None:
     if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return "nn.MultiheadAttention reads its weight directly"
     if kind not in QUANTIZED:
-        if "Norm" in kind.__name__:
-            return "normalisation stays in float"
         bases = [base.__name__ for base in QUANTIZED if isinstance(module, base)]
         if bases and is_parametrized(module):  # torch then makes a subclass
             return _COMPUTED
@@ -98,7 +96,7 @@ def _reason(module: nn.Module) -> str | None:
             return f"a subclass of {bases[0]} may compute something else"
         if any(True for _ in module.children()):
             return f"a parameter of {kind.__name__} itself, not of a layer"
-        return f"no quantized form of {kind.__name__} yet"
+        return without_form(kind.__name__)
     weight = module._parameters.get("weight")
     if weight is None or "bias" not in module._parameters:
         return _COMPUTED

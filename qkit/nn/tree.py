@@ -24,6 +24,11 @@ _EMBEDDING = re.compile(r"(^|[._])(w[tp]e|\w*emb\w*|shared|\w*position\w*|tok\w*
 _GUESSES = {2: "Linear", 4: "Conv2d"}
 
 
+def without_form(kind: str) -> str:
+    """Why a layer of the class ``kind``, which is not one that is quantized, stays in float."""
+    return "normalisation stays in float" if "Norm" in kind else f"no quantized form of {kind} yet"
+
+
 class Tensors(nn.Module):
     """Tensors of a state dict whose layer is not known."""
 
@@ -119,7 +124,7 @@ def _container(name: str, tensors: Mapping[str, Tensor], kind: str | None) -> Te
     if kind in _GUESSES.values():
         module = Tensors(f"its tensors are not those of a {kind}")
     elif kind is not None:
-        module = Tensors(f"no quantized form of {kind} yet")
+        module = Tensors(without_form(kind))
     elif "weight" in tensors and tensors["weight"].dim() > 1 and _is_embedding(name, kind):
         module = Tensors("an embedding, by its name")
     else:

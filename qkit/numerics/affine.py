@@ -48,8 +48,7 @@ from qkit.spec import E8M0, Float, Format, Int, QSpec
 
 def check_finite(x: Tensor, name: str) -> None:
     """Raise :class:`~qkit.errors.InputError`, with counts, if ``x`` holds NaN or infinity."""
-    if not x.is_floating_point():
-        raise InputError("only real floating-point tensors are quantized", where=name, got=x.dtype)
+    _check_real(x, name)
     # A sum is finite only if every term is: one cheap pass, and no mask in the common case. (The
     # sum of finite values may overflow; then they are counted.)
     if torch.isfinite(x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)):
@@ -64,6 +63,11 @@ def check_finite(x: Tensor, name: str) -> None:
         )
 
 
+def _check_real(x: Tensor, name: str) -> None:
+    if not x.is_floating_point():
+        raise InputError("only real floating-point tensors are quantized", where=name, got=x.dtype)
+
+
 def _work(x: Tensor) -> Tensor:
     """``x`` in the dtype in which it is divided."""
     return x if x.dtype == torch.float64 else x.to(torch.float32)
@@ -72,8 +76,9 @@ def _work(x: Tensor) -> Tensor:
 def _round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The smallest normal number of ``dtype`` that is at least ``x`` (float64, not negative)."""
     y = x.to(dtype)
-    y = torch.where(y.double() < x, torch.nextafter(y, torch.full_like(y, torch.inf)), y)
-    return y.clamp(min=torch.finfo(dtype).tiny)
+    # The bits of a number that is not negative, plus one, are those of the next.
+    bits = y.view(torch.int32 if y.element_size() == 4 else torch.int16)
+    return (bits + (y.double() < x)).view(dtype).clamp(min=torch.finfo(dtype).tiny)
 
 
 def _shared_exponent(amax: Tensor, fmt: Float) -> Tensor:
@@ -88,8 +93,10 @@ def choose_qparams(x: Tensor, spec: QSpec, *, name: str = "tensor") -> QParams:
     ``x`` has any shape and float dtype; the result has ``spec.granularity.scale_shape(x.shape)``.
     ``name`` is for messages. Raises :class:`~qkit.errors.InputError` if ``x`` is not finite.
     """
-    check_finite(x, name)
+    _check_real(x, name)
     lo, hi = block_range(x, spec.granularity.block_shape(tuple(x.shape)))
+    if not (torch.isfinite(lo).all() and torch.isfinite(hi).all()):  # a range shows what x holds
+        check_finite(x, name)
     return qparams_from_range(lo, hi, spec, name=name)
 
 
@@ -100,40 +107,41 @@ def qparams_from_range(lo: Tensor, hi: Tensor, spec: QSpec, *, name: str = "tens
     """
     fmt = spec.format
     dtype = scale_dtype(spec)
-    low, high = lo.double(), hi.double()
+    low, below, high = lo.double(), -lo.double(), hi.double()
     if isinstance(fmt, Float) and spec.scale == E8M0:
-        exact = _shared_exponent(torch.maximum(-low, high), fmt)
+        exact = _shared_exponent(torch.maximum(below, high), fmt)
     elif not isinstance(fmt, Int):
-        exact = torch.maximum(-low, high) / fmt.max
+        exact = torch.maximum(below, high) / fmt.max
     elif spec.symmetric and fmt.narrow:
-        exact = torch.maximum(-low, high) / fmt.qmax
+        exact = torch.maximum(below, high) / fmt.qmax
     elif spec.symmetric:
-        greater, lesser = torch.maximum(-low, high), torch.minimum(-low, high)
+        greater, lesser = torch.maximum(below, high), torch.minimum(below, high)
         exact = torch.maximum(greater / -fmt.qmin, lesser / (fmt.qmax + 0.5))
     else:
         exact = (high - low) / (fmt.qmax - fmt.qmin)
     scale = exact.to(dtype) if spec.scale == E8M0 else _round_up(exact, dtype)
-    if not torch.isfinite(scale.double()).all():  # torch holds every e8m0 for finite
-        raise InputError(
-            f"the range overflows the {spec.scale} scale", where=name, got=f"{float(exact.max()):g}"
-        )
+    wide = scale.double()
     if not isinstance(fmt, Int):
-        _check_outermost(scale.double() * fmt.max, name)
+        _check_outermost(exact, wide, fmt.max, spec, name)
         return QParams(scale)
-    if spec.symmetric and not fmt.narrow:
-        scale = torch.where(high > -low, -scale, scale)
-    zero_point = torch.zeros_like(low)
-    if not spec.symmetric:
-        zero_point = (fmt.qmin - torch.round(low / scale.double())).clamp(fmt.qmin, fmt.qmax)
-    outermost = torch.maximum(fmt.qmax - zero_point, zero_point - fmt.qmin) * scale.double().abs()
-    _check_outermost(outermost, name)
-    return QParams(scale, None if spec.symmetric else zero_point.to(code_dtype(fmt)))
+    if spec.symmetric:
+        _check_outermost(exact, wide, max(fmt.qmax, -fmt.qmin), spec, name)
+        return QParams(scale if fmt.narrow else torch.where(high > below, -scale, scale))
+    zero_point = (fmt.qmin - torch.round(low / wide)).clamp(fmt.qmin, fmt.qmax)
+    farthest = torch.maximum(fmt.qmax - zero_point, zero_point - fmt.qmin)
+    _check_outermost(exact, wide, farthest, spec, name)
+    return QParams(scale, zero_point.to(code_dtype(fmt)))
 
 
-def _check_outermost(value: Tensor, name: str) -> None:
+def _check_outermost(
+    exact: Tensor, stored: Tensor, code: Tensor | float, spec: QSpec, name: str
+) -> None:
     """The outermost code may stand for more than the greatest value; it must stay a number."""
-    if not torch.isfinite(value.float()).all():
-        raise InputError("the range overflows fp32", where=name, got=f"{float(value.max()):g}")
+    if torch.isfinite((stored * code).float()).all():  # torch holds every e8m0 for finite
+        return
+    what = "fp32" if torch.isfinite(stored).all() else f"the {spec.scale} scale"
+    reach = float((exact * code).max())
+    raise InputError(f"the range overflows {what}", where=name, got=f"{reach:g}")
 
 
 def scale_dtype(spec: QSpec) -> torch.dtype:

@@ -98,7 +98,10 @@ class _FakeQuantize(torch.autograd.Function):
             to_x = from_blocks(torch.where(inside, g, 0), tuple(x.shape)).to(x.dtype)
 
         def summed(terms: Tensor, like: Tensor) -> Tensor:
-            total = terms.sum(tuple(range(1, terms.ndim, 2)), dtype=torch.float64)
+            # Axis by axis: torch cuts a sum of everything at once by the number of threads.
+            total = terms
+            for axis in reversed(range(1, terms.ndim, 2)):
+                total = total.sum(axis, keepdim=True, dtype=torch.float64)
             return (total.reshape(like.shape) * gradient_scale).to(like.dtype)
 
         if ctx.needs_input_grad[1]:

@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 # Below this a call of torch costs no more than finding out that there are kernels.
 MIN_VALUES = 1 << 10
 # Of shorter runs, torch's own reductions find the range as fast.
-MIN_RUN = 1 << 10
+MIN_RUN = 1 << 5
 
 
 def _runs(shape: Shape, block_shape: Shape) -> tuple[int, int, int] | None:

@@ -51,30 +51,27 @@ def pack(codes: Tensor, bits: int, axis: int = -1) -> Tensor:
     _check_bits(bits)
     if axis not in (-1, codes.ndim - 1):
         return pack(codes.movedim(axis, -1), bits).movedim(-1, axis).contiguous()
-    low, high = (-(1 << (bits - 1)), 1 << (bits - 1)) if _is_signed(codes) else (0, 1 << bits)
-    if codes.numel() and not (low <= int(codes.min()) and int(codes.max()) < high):
-        raise UsageError(
-            f"codes do not fit in {bits} bits",
-            got=f"{int(codes.min())}..{int(codes.max())}",
-            wanted=f"{low}..{high - 1}",
-        )
+    offset = 1 << (bits - 1) if _is_signed(codes) else 0
     n = codes.shape[-1]
     words = packed_words(n, bits)
     if codes.numel() == 0:  # an empty tensor's strides cannot be reinterpreted
         return torch.empty(*codes.shape[:-1], words, dtype=torch.int32)
     values = codes.contiguous().view(torch.uint8)
-    offset = 1 << (bits - 1) if _is_signed(codes) else 0
     kernels = native.library() if codes.device.type == "cpu" else None
     if kernels is not None:
         out = torch.empty(*codes.shape[:-1], words, dtype=torch.int32)
         rows, threads = out.numel() // words, torch.get_num_threads()
-        kernels.qkit_pack(
+        fit = kernels.qkit_pack(
             values.data_ptr(), rows, n, bits, offset, out.data_ptr(), words * 4, threads
         )
+        if not fit:
+            raise _misfit(codes, bits, offset)
         return out
     # uint8 arithmetic wraps, so that adding the offset to a signed code's bytes is exact.
     if offset:
         values = values + offset
+    if int(values.max()) >> bits:
+        raise _misfit(codes, bits, offset)
     values = pad(values, (0, ceil_div(n, 8) * 8 - n))
     octets = values.reshape(*codes.shape[:-1], values.shape[-1] // 8, 8)
     stream = _pack_octets(octets, bits).flatten(-2)
@@ -123,6 +120,14 @@ def unpack(packed: Tensor, bits: int, n: int, *, signed: bool = True, axis: int 
     if not signed:
         return values.contiguous()
     return (values - offset).view(torch.int8)
+
+
+def _misfit(codes: Tensor, bits: int, offset: int) -> UsageError:
+    return UsageError(
+        f"codes do not fit in {bits} bits",
+        got=f"{int(codes.min())}..{int(codes.max())}",
+        wanted=f"{-offset}..{(1 << bits) - 1 - offset}",
+    )
 
 
 def _pack_octets(values: Tensor, bits: int) -> Tensor:

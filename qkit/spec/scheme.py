@@ -143,7 +143,7 @@ PRESETS = {
     "w4a16-g32": "4-bit weights, finer groups: for small models and edge devices",
     "w4a16-g128-asym": "4-bit weights with a zero point",
     "w3a16-g128": "3-bit weights: expect a visible loss",
-    "w2a16-g128": "2-bit (ternary) weights: needs a calibrated algorithm or training",
+    "w2a16-g128": "2-bit weights: needs a calibrated algorithm or training",
     "w8a8": "int8 weights and int8 activations, per token, at each call",
     "w8a8-static": "int8 weights and activations with calibrated ranges",
     "w4a8-g128": "4-bit weights, int8 activations",

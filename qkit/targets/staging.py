@@ -40,7 +40,7 @@ def check_destination(out: Path, *, overwrite: bool) -> None:
     Raises :class:`~qkit.errors.UsageError` if it exists (and is not an artifact to overwrite),
     :class:`~qkit.errors.OutputError` if its parent folder cannot be written.
     """
-    with _as_output_error(out):
+    with as_output_error(out):
         _restore(out.absolute())
         if os.path.lexists(out) and not _is_empty(out):
             if not _is_ours(out):
@@ -73,7 +73,8 @@ def _is_empty(out: Path) -> bool:
 
 
 @contextmanager
-def _as_output_error(out: Path) -> Iterator[None]:
+def as_output_error(out: Path) -> Iterator[None]:
+    """What fails to be written inside the block is an :class:`~qkit.errors.OutputError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -89,7 +90,7 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     check_destination(out, overwrite=overwrite)
     out = out.absolute()
-    with _as_output_error(out), _parents(out), _folder(out) as staging:
+    with as_output_error(out), _parents(out), _folder(out) as staging:
         yield staging
         for path in sorted(staging.rglob("*")):
             _sync(path)
@@ -98,6 +99,17 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         check_destination(out, overwrite=overwrite)
         with _undisturbed():
             _replace(staging, out)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """One file of its own: whole, or as it was before. Raises OSError if it cannot be written."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        _sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def main(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
     """The command in this process."""
     from qkit.cli import main as entry
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
 
     def call(*args: object) -> Done:

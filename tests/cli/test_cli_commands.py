@@ -118,6 +118,7 @@ def test_schemes(main):
         assert name in text
         assert meaning in text
     assert "[no target runs it yet]" in text
+    assert "[target torch]" in text
 
 
 def test_one_scheme_in_words(main):
@@ -152,6 +153,7 @@ def test_doctor(main, monkeypatch):
     assert "click.nowhere" in data["extras"]["bad"]["packages"]["click"]
     assert "pip install 'qkit-torch[none]'" in data["extras"]["none"]["install"]
     text = main("doctor").out
+    assert f"{'used' if data['kernels']['native'] else 'would be used'} for quantizing" in text
     assert "extra good       works" in text
     assert "extra none       no (no-such-package: not installed)" in text
 

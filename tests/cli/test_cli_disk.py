@@ -67,6 +67,25 @@ def test_a_limit_on_the_size_of_files(limit, models, tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_full_disk_leaves_no_part_of_the_demos_files(monkeypatch, main, tmp_path):
+    from qkit.flows import demo
+
+    monkeypatch.setattr(demo, "train", lambda model, data, seed: None)
+    with disk(tmp_path, "size=100k") as full:  # the model has 750 kB
+        done = main("demo", "-q", "-o", full / "out")
+        assert done.code == 1
+        assert done.error == f"cannot write the output: No space left on device (in: {full}/out)"
+        assert names(full / "out") == []
+
+
+def test_a_demo_where_a_file_lies(main, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    done = main("demo", "-q", "-o", tmp_path / "out")
+    assert done.code == 1
+    assert "cannot write the output" in done.error
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_a_read_only_disk(models, tmp_path):
     with disk(tmp_path, "ro") as folder:
         done = qkit("quantize", models / "net.pt", "-q", "-o", folder / "out")

@@ -50,6 +50,11 @@ def test_the_command_without_anything_shows_its_help(main):
         assert command in done.err
 
 
+def test_no_summary_is_cut(main, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "..." not in main("--help").out.replace("[ARGS]...", "")
+
+
 def test_help_lists_the_exit_codes(main):
     text = " ".join(main("--help").out.split())
     for code, meaning in {

@@ -161,3 +161,26 @@ def test_each_signal_has_its_own_code(number, code, main, monkeypatch):
     done = main("inspect", "x")
     assert done.code == code
     assert done.err == "qkit: interrupted; nothing partial was left behind\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_waits_until_torch_is_imported(number, code, main, monkeypatch):
+    """Torch's start in C swallows an exception, and goes on without numpy, or aborts."""
+    import torch
+
+    import qkit.flows
+
+    reached = []
+
+    def inspect(*args, **options):
+        monkeypatch.setattr(torch.__spec__, "_initializing", True)
+        signal.raise_signal(number)
+        time.sleep(0.2)  # it is tried again meanwhile
+        reached.append("imported")
+        monkeypatch.setattr(torch.__spec__, "_initializing", False)
+        time.sleep(60)
+        reached.append("swallowed")
+
+    monkeypatch.setattr(qkit.flows, "inspect", inspect)
+    done = main("inspect", "x")
+    assert (done.code, reached) == (code, ["imported"])

@@ -108,7 +108,33 @@ def test_what_is_not_faster_says_so_and_why(scheme, quantized, slow, cnn, monkey
     assert report.latency_ms["threads"] == torch.get_num_threads()
     if slow:
         assert f"{1 / quantized:.2f}x" in remarks[0]
-        assert ("reference operators" if scheme == "w8a16" else "processor") in remarks[0]
+        assert ("reference operators" if scheme == "w8a16" else "than float32") in remarks[0]
+
+
+class Idle(nn.Module):
+    """One layer that runs, and one that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.idle = nn.LayerNorm(5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme", "reason"),
+    [
+        (nn.Linear(5, 3).half(), "fp16", "fp16 is computed here no faster than float16"),
+        (Idle(), "w8a16", "no quantized layer ran"),
+    ],
+)
+def test_the_reason_is_that_of_the_model(model, scheme, reason, monkeypatch):
+    same = dict.fromkeys(("float", "quantized"), Latency(1.0, 0.9, 1.1, 5))
+    monkeypatch.setattr(evaluate, "measure", lambda functions, seconds: same)
+    x = torch.randn(2, 5, dtype=next(model.parameters()).dtype)
+    _, report = qkit.quantize(model, scheme, inputs=x)
+    assert [reason in remark for remark in report.remarks if "not faster" in remark] == [True]
 
 
 def test_both_models_are_timed_on_the_same_inputs(cnn, monkeypatch):

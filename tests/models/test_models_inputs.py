@@ -175,6 +175,9 @@ def test_files_that_are_no_npz(tools, marker, tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"not an \.npz file.*savez"):
         from_npz(tmp_path / "x.npy")
+    torch.save({"weight": torch.ones(3)}, tmp_path / "model.pt")  # a zip archive too
+    with pytest.raises(InputError, match=r"not an \.npz file.*savez"):
+        from_npz(tmp_path / "model.pt")
     with pytest.raises(InputError, match="absent"):
         from_npz(tmp_path / "absent.npz")
     with pytest.raises(InputError, match="no arrays"):

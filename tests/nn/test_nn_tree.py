@@ -133,6 +133,7 @@ def test_other_names_are_no_embeddings(name):
         ("emb", "Linear", None),
         ("fc", "Embedding", "no quantized form of Embedding yet"),
         ("fc", "Bilinear", "no quantized form of Bilinear yet"),
+        ("bn", "BatchNorm2d", "normalisation stays in float"),
     ],
 )
 def test_kinds_override_guesses(name, kind, reason):

@@ -233,11 +233,12 @@ def test_deterministic_and_independent_of_threads():
     assert torch.equal(fit_codebook(x.t().contiguous().t(), 16), results[0])
 
 
-def test_four_million_weights_take_a_fraction_of_a_second():
-    x = randn(2048, 2048)
-    start = time.perf_counter()
+def test_sixteen_million_weights_take_two_seconds_at_most():
+    """Of the processor: others may want the cores at the same time."""
+    x = randn(4096, 4096)
+    start = time.process_time()
     fit_codebook(x, 16)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @granularities

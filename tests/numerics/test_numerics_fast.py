@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkit import native
+from qkit.errors import InputError
 from qkit.numerics import QTensor, choose_qparams, dequantize, fast, quantize
+from qkit.packing import pack, unpack
 from qkit.spec import (
     BF16,
     FP16,
@@ -92,6 +94,18 @@ def test_equal_bits_of_larger_tensors(shape, granularity):
     assert_equal(torch.randn(shape), QSpec(Int(4), granularity))
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 1023, 2000, -1])
+def test_both_refuse_what_is_not_finite(place, bad, granularity):
+    x = torch.randn(33, 70)
+    x.view(-1)[place] = bad
+    spec = QSpec(Int(4), granularity, symmetric=False)
+    for values in (0, 1 << 60):
+        with least(values), pytest.raises(InputError, match=r"fc\.weight; got: .*of 2310 values"):
+            choose_qparams(x, spec, name="fc.weight")
+
+
 def test_the_kernels_really_run(monkeypatch):
     """Else the tests above would compare torch with torch."""
     called = []
@@ -117,7 +131,10 @@ def test_results_do_not_depend_on_the_number_of_threads(granularity):
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             q = quantize(x, choose_qparams(x, spec), spec)
-            results.append((q.codes, q.qparams.scale, dequantize(q)))
+            packed = pack(q.codes, 4)
+            results.append(
+                (q.codes, q.qparams.scale, dequantize(q), packed, unpack(packed, 4, 1024))
+            )
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
