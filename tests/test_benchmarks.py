@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def lines(name: str) -> list[dict]:
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick"]
+def lines(name: str, *options: str) -> list[dict]:
+    script = str(ROOT / "benchmarks" / f"{name}.py")
+    command = [sys.executable, script, "--quick", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -31,17 +32,90 @@ def test_numerics() -> None:
     assert {r["weight"] for r in quality} == {"Gaussian", "Laplacian", "MiniLM", "outlier columns"}
 
 
-def test_layers() -> None:
-    head, *records = lines("layers")
+# One small layer with a short last group: what is looked at is the records.
+SMALL = ["--shapes=65x160", "--rows=1,3", "--rotate-mib=1", "--seconds=0.01"]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[dict]:
+    return lines("kernels", *SMALL, "--only=layers,latency")
+
+
+def test_kernels(kernels: list[dict]) -> None:
+    head, *records = kernels
     assert head["machine"]["cpu"]
-    for record in records:
+    layers = [r for r in records if r["kind"] == "layer"]
+    assert {r["rows"] for r in layers} == {1, 3}
+    ours = [r for r in layers if r["contender"] == "qkit"]
+    assert {"w8a16", "w4a16-g32", "w2a16-g128"} <= {r["scheme"] for r in ours}
+    for record in layers:
         assert record["ms"]["median"] > 0
-        assert record["sqnr_db"] is None or record["sqnr_db"] > 5
-        if not record["scheme"].startswith("torch"):
-            assert record["kernels"]
+        assert record["bandwidth_share"] > 0
+        assert record["peak_share"] > 0
+    for record in ours:
+        assert record["kernels"]
+        assert record.get("error", 0.0) <= record.get("error_bound", 0.0)
+        # Rounding to 2 bits leaves 5 dB of a uniform weight; a wrong layer has about 0.
+        assert record["sqnr_db"] > 5
+    with_peers = [r for r in ours if r["scheme"] == "w8a16" and r["activations"] == "float32"]
+    assert all(any("int8pack" in peer for peer in r["vs"]) for r in with_peers)
+    assert {r["bytes"] for r in records if r["kind"] == "bandwidth"}
+    assert {r["contender"] for r in records if r["kind"] == "latency"} >= {"torch", "qkit"}
 
 
-@pytest.mark.parametrize("name", ["numerics", "layers"])
+def test_whoever_was_not_measured_is_named(kernels: list[dict]) -> None:
+    measured = {r["contender"] for r in kernels[1:] if r["kind"] == "layer"}
+    absent = " ".join(r["name"] for r in kernels[1:] if r["kind"] == "absent")
+    for peer in ("torchao", "optimum-quanto", "onnxruntime"):
+        assert peer in measured or peer in absent
+
+
+def layer(contender: str, **figures: object) -> dict:
+    """A record with 1 ms, at its bounds everywhere."""
+    return {
+        "kind": "layer",
+        "shape": [8, 8],
+        "rows": 1,
+        "contender": contender,
+        "scheme": "w8a16",
+        "activations": "float32",
+        "bits": 8,
+        "treatment": "exact",
+        "ms": {"median": 1.0, "repeats": 9, "undisturbed": 9},
+        "speedup": 1.0,
+        "bandwidth_share": 0.9,
+        "error": 1e-7,
+        "error_bound": 1e-7,
+    } | figures
+
+
+@pytest.mark.parametrize(
+    ("change", "criterion"),
+    [
+        ({}, None),
+        ({"speedup": 0.94}, "never below 0.95x fp32"),
+        ({"bandwidth_share": 0.89}, "M=1: 90% of the bandwidth"),
+        ({"error": 1.1e-7}, "error within its bound"),
+        ({"ms": {"median": 1.1, "repeats": 9, "undisturbed": 9}}, "M=1: fastest peer"),
+        ({"rows": 4, "speedup": 0.99}, "M>1: fp32"),
+    ],
+)
+def test_the_check_finds_what_falls_short(
+    change: dict, criterion: str | None, tmp_path: Path
+) -> None:
+    records = [layer("qkit", **change), layer("onnxruntime", treatment="int8")]
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), "--check", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == (criterion is not None), done.stderr
+    # Failed criteria are headings; the summary names all of them.
+    headings = done.stdout.split("\ncriterion")[0]
+    assert headings.strip().startswith(criterion or "")
+    assert bool(headings.strip()) == (criterion is not None)
+
+
+@pytest.mark.parametrize("name", ["numerics", "kernels"])
 def test_results_are_committed_with_what_made_them(name: str) -> None:
     first = (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text().splitlines()[0]
     head = json.loads(first)
