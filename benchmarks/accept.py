@@ -46,7 +46,10 @@ def layers(records: list[Record], vnni: bool) -> Iterator[Result]:
             if "error" in own:
                 share = own["error_bound"] / max(own["error"], 1e-30)
                 yield "error within its bound", where, min(share, 10.0), 1.0, ""
+            # No peer here has the same weights as a codebook.
             same = [r for r in peers if r["bits"] == own["bits"] and r["treatment"] != "float"]
+            if own["scheme"].startswith("nf4"):
+                same = []
             if rows == 1 and scheme in STREAMED:
                 yield "M=1: 90% of the bandwidth", where, own["bandwidth_share"], 0.9, ""
                 yield from _fastest("M=1: fastest peer of the same bits", where, own, same)

@@ -518,7 +518,9 @@ def main() -> None:
         if "layers" in options.only:
             options.peak = peak_gmac()
             say("peak", gmac_per_s=round(options.peak, 1))
-            memory = Memory(options.rotate_mib << 20)
+            # At least two of the largest weight, so that none is read from the cache.
+            largest = max(math.prod(map(int, shape.split("x"))) for shape in options.shapes)
+            memory = Memory(max(options.rotate_mib << 20, 2 * 4 * largest))
             for shape in options.shapes:
                 out, columns = map(int, shape.split("x"))
                 for record in layer_records((out, columns), options.rows, options, memory):

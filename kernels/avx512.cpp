@@ -1,10 +1,11 @@
-// AVX-512 (F, BW, DQ, VL) with BMI2. Standard headers come before the target, so that no function
-// that another file shares is compiled for it.
+// AVX-512 (F, BW, DQ, VL) with BMI2, and the same with VNNI. Standard headers come before the
+// target, so that no function that another file shares is compiled for it.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "table.h"
 #include "target.h"
@@ -12,6 +13,7 @@
 #if !defined(__clang__)
 // GCC's own header leaves registers undefined on purpose, and GCC 12 warns of it (PR 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")
@@ -80,10 +82,8 @@ inline __m512 value4(const uint8_t* codes, __m512 values) {
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_castps_si512(both), shifts), values);
 }
 
-void decode4(const uint8_t* codes, int64_t n, float scale, int zero, float* out) {
-    const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512 values = _mm512_cvtepi32_ps(_mm512_sub_epi32(steps, _mm512_set1_epi32(zero + 8)));
-    values = _mm512_mul_ps(values, _mm512_set1_ps(scale));
+void decode4(const uint8_t* codes, int64_t n, const float* value, float* out) {
+    const __m512 values = _mm512_loadu_ps(value);
     int64_t i = 0;
 #pragma GCC unroll 4
     for (; i + 16 <= n; i += 16) _mm512_storeu_ps(out + i, value4(codes + i / 2, values));
@@ -102,10 +102,194 @@ void decode4(const uint8_t* codes, int64_t n, float scale, int zero, float* out)
 
 #include "linear.inc"
 
+#define HALF
+void half_to(const uint16_t* x, int64_t n, float* out) {
+    for (; n > 0; n -= 16, x += 16, out += 16) {
+        __mmask16 some = n < 16 ? (__mmask16)((1u << n) - 1) : 0xffff;
+        _mm512_mask_storeu_ps(out, some, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, x)));
+    }
+}
+void half_from(const float* x, int64_t n, uint16_t* out) {
+    for (; n > 0; n -= 16, x += 16, out += 16) {
+        __mmask16 some = n < 16 ? (__mmask16)((1u << n) - 1) : 0xffff;
+        _mm256_mask_storeu_epi16(out, some,
+                                 _mm512_cvtps_ph(_mm512_maskz_loadu_ps(some, x), 0));
+    }
+}
+#include "half.inc"
+
+#define STRIP 32
+#define VN 16
+typedef __m512i VI;
+
+inline V vset(float a) { return _mm512_set1_ps(a); }
+inline V vmul(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V vfused(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline VI viset(int32_t a) { return _mm512_set1_epi32(a); }
+inline VI viadd(VI a, VI b) { return _mm512_add_epi32(a, b); }
+inline V vfloat(VI a) { return _mm512_cvtepi32_ps(a); }
+
+// 16 rows of 16 dwords become 16 columns.
+inline void transpose(__m512i* r) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    // Now r[4q + j] holds, in its lanes of 128 bits, column 4l + j of the rows 4q .. 4q + 3.
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x44);
+        t[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xee);
+        t[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x44);
+        t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+        r[4 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+        r[8 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0x88);
+        r[12 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0xdd);
+    }
+}
+
+// Dword t of 16 rows, as the steps that it holds: see spread.inc.
+template <int bits>
+inline void put_steps(__m512i dwords, uint8_t* out) {
+    constexpr int pack = bits ? 8 / bits : 1;
+    const __m512i mask = _mm512_set1_epi8(bits && bits < 8 ? (1 << bits) - 1 : -1);
+#pragma GCC unroll 8
+    for (int j = 0; j < pack; ++j) {
+        __m512i four = dwords;
+        if (j) four = _mm512_srli_epi16(four, (unsigned)(bits * j));
+        if (bits && bits < 8) four = _mm512_and_si512(four, mask);
+        if (bits == 8) four = _mm512_xor_si512(four, _mm512_set1_epi8(-128));
+        _mm512_store_si512(out + j * STRIP * 4, four);
+    }
+}
+
+template <int bits>
+inline void spread_as(const uint8_t* const* from, int64_t bytes, int64_t ahead, uint8_t* out) {
+    constexpr int64_t step = (bits ? 8 / bits : 1) * STRIP * 4;
+    int64_t at = 0;
+    __m512i r[16];
+    for (; at + 64 <= bytes; at += 64, out += 16 * step) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+            r[i] = _mm512_loadu_si512(from[i] + at);
+            if (bits) __builtin_prefetch(from[i] + at + ahead, 0, 2);
+        }
+        transpose(r);
+#pragma GCC unroll 16
+        for (int t = 0; t < 16; ++t) put_steps<bits>(r[t], out + t * step);
+    }
+    if (at == bytes) return;
+    __mmask64 some = (1ull << (bytes - at)) - 1;
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi8(some, from[i] + at);
+    transpose(r);
+    for (int t = 0; at < bytes; ++t, at += 4) put_steps<bits>(r[t], out + t * step);
+}
+
+void turn(const float* const* from, int64_t count, float* out, int64_t stride) {
+    for (int64_t k = 0; k < count; k += 16) {
+        __mmask16 some = count - k < 16 ? (__mmask16)((1u << (count - k)) - 1) : 0xffff;
+        __m512i r[16];
+        for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi32(some, from[i] + k);
+        if (count > 1) transpose(r);
+        else
+            for (int i = 1; i < 16; ++i)
+                r[0] = _mm512_mask_expand_epi32(r[0], (__mmask16)(1u << i), r[i]);
+        for (int64_t t = k; t < count && t < k + 16; ++t)
+            _mm512_storeu_si512(out + t * stride, r[t - k]);
+    }
+}
+
+void spread(const uint8_t* const* from, int64_t bytes, int bits, int64_t ahead, uint8_t* out) {
+    if (bits == 8) spread_as<8>(from, bytes, ahead, out);
+    if (bits == 4) spread_as<4>(from, bytes, ahead, out);
+    if (bits == 2) spread_as<2>(from, bytes, ahead, out);
+    if (bits == 1) spread_as<1>(from, bytes, ahead, out);
+    if (bits == 0) spread_as<0>(from, bytes, ahead, out);
+}
+
+namespace words {
+
+#define RL 6
+#define CHAINS 2
+typedef __m512i D;
+struct W {
+    __m512i even, odd;  // of the four codes of a row, as 16 bits
+};
+
+inline W wload(const uint8_t* p) {
+    __m512i codes = _mm512_load_si512(p);
+    return {_mm512_and_si512(codes, _mm512_set1_epi16(255)), _mm512_srli_epi16(codes, 8)};
+}
+inline D dload(const int8_t* p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+// Not the instruction that multiplies bytes: it saturates.
+inline VI vdot(VI s, const W& w, D d) {
+    __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(d, 8), 8), odd = _mm512_srai_epi16(d, 8);
+    s = _mm512_add_epi32(s, _mm512_madd_epi16(w.even, even));
+    return _mm512_add_epi32(s, _mm512_madd_epi16(w.odd, odd));
+}
+#include "integer.inc"
+constexpr int rl = RL;
+#undef RL
+#undef CHAINS
+
+}  // namespace words
+
+}  // namespace
+
+TARGET_END
+TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi2")
+
+namespace {
+namespace bytes {
+
+#define RL 12
+#define CHAINS 8
+typedef __m512i W;
+typedef __m512i D;
+
+inline W wload(const uint8_t* p) { return _mm512_load_si512(p); }
+inline D dload(const int8_t* p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+inline VI vdot(VI s, W w, D d) {
+    // In place, by name: of the intrinsic, GCC 12 keeps two dozen sums in memory.
+    asm("vpdpbusd %2, %1, %0" : "+v"(s) : "v"(w), "v"(d));
+    return s;
+}
+#define STREAM
+#include "integer.inc"
+
+}  // namespace bytes
 }  // namespace
 
 TARGET_END
 
 const Table avx512_table = {
-    "avx512", VW, NR, range, quantize, dequantize, pack, unpack, decode, arrange, linear};
+    "avx512", VW,     NR,    range,     quantize, dequantize, pack,   unpack,        decode,
+    arrange,  linear, STRIP, words::rl, false,    false,      widen,  narrow,        words::digits,
+    words::ones, words::integer};
+
+const Table vnni_table = {
+    "avx512vnni", VW,     NR,    range, quantize, dequantize, pack,   unpack,        decode,
+    arrange,      linear, STRIP, RL,    true,     true,       widen,  narrow,        bytes::digits,
+    bytes::ones, bytes::integer};
 #endif

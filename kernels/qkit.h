@@ -10,14 +10,15 @@
 #include <cstdint>
 
 // Raised whenever a signature or a layout changes; qkit/native.py holds the same number.
-#define QKIT_ABI 3
+#define QKIT_ABI 4
 
 #define QKIT_API extern "C" __attribute__((visibility("default")))
 
 QKIT_API int32_t qkit_abi();
 
-// Choose the instruction set by name ("scalar", "avx2", "avx512"), or the best one for null.
-// Returns the name in use, or null if this processor or this build lacks the one asked for.
+// Choose the instruction set by name ("scalar", "avx2", "avx512", "avx512vnni", "neon", "dotprod"),
+// or the best one for null. Returns the name in use, or null if this processor or this build lacks
+// the one asked for.
 QKIT_API const char* qkit_use(const char* isa);
 
 // The pool that runs parallel work: GOMP_parallel of the OpenMP library that the process already
@@ -53,20 +54,56 @@ QKIT_API void qkit_unpack(const uint8_t* stream, int64_t rows, int64_t columns, 
 // A stored weight is [n, columns] codes, each row a stream of `bits` (1..8) bits, with the offset
 // 2^(bits-1) below 8 bits, as qkit_pack writes it; rows are `stride` bytes apart. A row of `scale`
 // (and of `zero_point`, which may be null) has ceil(columns / block) entries, one for `block` 0;
-// with `shared`, there is one row for all.
+// with `shared`, there is one row for all. Its values are (code - zero_point) * scale, or, if
+// `levels` is not null, levels[code] * scale with codes from 0 to 2^bits - 1 and no offset.
+// `bias` [n] may be null.
+struct qkit_weight {
+    const uint8_t* codes;
+    int64_t n, columns, stride, block;
+    int32_t bits, shared;
+    const float* scale;
+    const int8_t* zero_point;
+    const float* levels;
+    const float* bias;
+};
 
-// x = (code - zero_point) * scale of a stored weight.
-QKIT_API void qkit_decode(const uint8_t* weight, int64_t n, int64_t columns, int64_t stride,
-                          int32_t bits, int64_t block, const float* scale,
-                          const int8_t* zero_point, int32_t shared, float* x, int32_t threads);
+// What a linear layer does to its activations before it multiplies: `kind` 0 nothing; 1 and 2
+// integers in [qmin, qmax], with a scale (2: and a zero point) for each row from its range, found
+// as qkit.numerics.affine does; 3 integers with the `scale` and `zero_point` given here.
+struct qkit_acts {
+    int32_t kind, qmin, qmax;
+    float scale;
+    int32_t zero_point;
+};
 
-// How many floats of scratch memory qkit_linear needs.
-QKIT_API int64_t qkit_linear_scratch(int64_t rows, int64_t columns);
+// Types of x and out: 0 fp32, 1 bf16, 2 fp16.
 
-// out = x @ W.T + bias with x [rows, columns], out [rows, n], W as in qkit_decode, maybe no bias.
-// Summed in fp32, with |error| <= (columns / 4 + 8) * 2^-24 * (sum|x||w| + |bias|). A row of the
-// result does not depend on the other rows, nor on the threads; instruction sets differ in order.
-QKIT_API void qkit_linear(const float* x, int64_t rows, const uint8_t* weight, int64_t n,
-                          int64_t columns, int64_t stride, int32_t bits, int64_t block,
-                          const float* scale, const int8_t* zero_point, int32_t shared,
-                          const float* bias, float* out, float* scratch, int32_t threads);
+// The values of `count` rows of a stored weight, those of `index` or the first ones, in `out`
+// [count, columns].
+QKIT_API int32_t qkit_decode(const qkit_weight* weight, const int64_t* index, int64_t count,
+                             int32_t dtype, void* out, int32_t threads);
+
+// out [rows, n] = x [rows, columns] @ W.T + bias; 1 if there is no memory, else 0.
+//
+// A row of the result does not depend on the other rows, nor on the threads. With u = 2^-24, before
+// the result is rounded to the type of out, and where nothing overflows:
+//
+// * Exact activations, by floats: |error| <= (columns / 4 + 8) u (sum|x||w| + |bias|).
+// * Exact activations, by integers (where these are fast; not with levels): x becomes x', 23 bits
+//   below the greatest of its 512 columns, |x' - x| <= max(2^-22.9 max|x| of the block, 2^-127)
+//   (bf16, which has 8 bits itself: 15, with 2^-14.9 and 2^-119, so that what is more than 1/128 of
+//   the greatest stays exact), and is summed with
+//   |error| <= (pieces + 4) u (sum|x'|(|code| + |zero_point|)|scale| + |bias|), where a piece is
+//   what a group and a block of 512 columns have in common. Rows that are not finite, or hold a
+//   magnitude of 2^110 or more, go by floats.
+// * Integer activations x' = q * a, with a zero point z: sum x' w - (z a) sum w, both sums as above,
+//   |error| <= (pieces + 7) u (sum(|x'| + |z a|)(|code| + |zero_point|)|scale| + |bias|); without
+//   z, (pieces + 4) u. Rows that are not finite give NaN.
+//
+// A product below 2^-126 adds up to 2^-150 to the error: there are `columns` of them by floats, and
+// 2 pieces + 4 by integers. By integers, a row overflows if sum(|x'| + |z a|)(|code| +
+// |zero_point|), with |scale| or without, reaches 2^127.
+//
+// The integer ways give the same bits on every instruction set.
+QKIT_API int32_t qkit_linear(const qkit_weight* weight, const qkit_acts* acts, const void* x,
+                             int32_t dtype, int64_t rows, void* out, int32_t threads);

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
+#include <utility>
 
 #include "table.h"
 
@@ -58,14 +59,66 @@ void decode8(const int8_t* codes, int64_t n, float scale, int zero, float* out) 
     for (int64_t i = 0; i < n; ++i) out[i] = (float)(codes[i] - (affine ? zero : 0)) * scale;
 }
 
-void decode4(const uint8_t* codes, int64_t n, float scale, int zero, float* out) {
-    for (int64_t i = 0; i < n; ++i)
-        out[i] = (float)((codes[i / 2] >> 4 * (i & 1) & 15) - 8 - zero) * scale;
+void decode4(const uint8_t* codes, int64_t n, const float* value, float* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = value[codes[i / 2] >> 4 * (i & 1) & 15];
 }
 
 #include "linear.inc"
+#include "half.inc"
+
+#define STRIP 16
+#define RL 3
+#define CHAINS 0
+#define VN 4
+struct VI {
+    int32_t lane[VN];
+};
+struct W {
+    uint8_t code[4 * VN];
+};
+struct D {
+    int8_t digit[4];
+};
+
+inline V vset(float a) { return {{a, a, a, a}}; }
+inline V vmul(V a, V b) {
+    for (int i = 0; i < VN; ++i) a.lane[i] *= b.lane[i];
+    return a;
+}
+inline V vfused(V a, V b, V c) {
+    for (int i = 0; i < VN; ++i) c.lane[i] = std::fma(a.lane[i], b.lane[i], c.lane[i]);
+    return c;
+}
+inline VI viset(int32_t a) { return {{a, a, a, a}}; }
+inline VI viadd(VI a, VI b) {
+    for (int i = 0; i < VN; ++i) a.lane[i] += b.lane[i];
+    return a;
+}
+inline V vfloat(VI a) {
+    V f;
+    for (int i = 0; i < VN; ++i) f.lane[i] = (float)a.lane[i];
+    return f;
+}
+inline W wload(const uint8_t* p) {
+    W w;
+    memcpy(w.code, p, sizeof w.code);
+    return w;
+}
+inline D dload(const int8_t* p) {
+    D d;
+    memcpy(d.digit, p, sizeof d.digit);
+    return d;
+}
+inline VI vdot(VI s, const W& w, D d) {
+    for (int i = 0; i < VN; ++i)
+        for (int j = 0; j < 4; ++j) s.lane[i] += w.code[4 * i + j] * d.digit[j];
+    return s;
+}
+#include "spread.inc"
+#include "integer.inc"
 
 }  // namespace
 
 const Table scalar_table = {
-    "scalar", VW, NR, range, quantize, dequantize, pack, unpack, decode, arrange, linear};
+    "scalar", VW,    NR,     range,  quantize, dequantize, pack, unpack,  decode,
+    arrange,  linear, STRIP, RL,     false,    false, widen,      narrow, digits, ones, integer};

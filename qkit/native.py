@@ -18,8 +18,8 @@ from pathlib import Path
 from qkit.errors import UsageError
 
 # The number in kernels/qkit.h: a library of another number was built from other sources.
-ABI = 3
-ISAS = ("scalar", "avx2", "avx512", "neon")
+ABI = 4
+ISAS = ("scalar", "avx2", "avx512", "avx512vnni", "neon", "dotprod")
 
 # Every function of the interface and its arguments: pointer, int64, int32.
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -29,9 +29,41 @@ SIGNATURES = {
     "qkit_dequantize": (_P, _L, _L, _L, _P, _P, _P, _I),
     "qkit_pack": (_P, _L, _L, _I, _I, _P, _L, _I),
     "qkit_unpack": (_P, _L, _L, _I, _I, _P, _L, _I),
-    "qkit_decode": (_P, _L, _L, _L, _I, _L, _P, _P, _I, _P, _I),
-    "qkit_linear": (_P, _L, _P, _L, _L, _L, _I, _L, _P, _P, _I, _P, _P, _P, _I),
+    "qkit_decode": (_P, _P, _L, _I, _P, _I),
+    "qkit_linear": (_P, _P, _P, _I, _L, _P, _I),
 }
+# What they return, where it is something.
+RESULTS = {"qkit_pack": _I, "qkit_decode": _I, "qkit_linear": _I}
+
+
+class Weight(ctypes.Structure):
+    """``qkit_weight``: a stored weight. The tensors must outlive it."""
+
+    _fields_ = (
+        ("codes", _P),
+        ("n", _L),
+        ("columns", _L),
+        ("stride", _L),
+        ("block", _L),
+        ("bits", _I),
+        ("shared", _I),
+        ("scale", _P),
+        ("zero_point", _P),
+        ("levels", _P),
+        ("bias", _P),
+    )
+
+
+class Acts(ctypes.Structure):
+    """``qkit_acts``: what a linear layer does to its activations."""
+
+    _fields_ = (
+        ("kind", _I),
+        ("qmin", _I),
+        ("qmax", _I),
+        ("scale", ctypes.c_float),
+        ("zero_point", _I),
+    )
 
 
 def library() -> ctypes.CDLL | None:
@@ -81,10 +113,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         )
     for name, arguments in SIGNATURES.items():
         getattr(kernels, name).argtypes = arguments
-        getattr(kernels, name).restype = None
-    kernels.qkit_pack.restype = _I
-    kernels.qkit_linear_scratch.argtypes = (_L, _L)
-    kernels.qkit_linear_scratch.restype = _L
+        getattr(kernels, name).restype = RESULTS.get(name)
     return kernels, used.decode()
 
 

@@ -136,6 +136,38 @@ def dequantize_oracle(
     return out
 
 
+def codebook_oracle(
+    codes: NDArray, scale: NDArray, entries: Sequence[float], block_shape: Shape
+) -> Array:
+    """``entry of the code * scale`` with entries in fp32; exact in a float64."""
+    levels, out = [float(np.float32(entry)) for entry in entries], np.zeros(codes.shape)
+    for block, inside in blocks_of(codes.shape, block_shape):
+        for i in inside:
+            out[i] = levels[int(codes[i])] * float(scale[block])
+    return out
+
+
+def act_oracle(
+    x: NDArray, bits: int, symmetric: bool, static: tuple[float, int] | None
+) -> tuple[Array, Array]:
+    """The rows ``x`` rounded to integers: (code - zero) * scale, and (|code| + |zero|) * scale.
+
+    Each row has the scale of its own range, unless a ``static`` (scale, zero point) is given.
+    """
+    qmin, qmax = -(2 ** (bits - 1)) + symmetric, 2 ** (bits - 1) - 1
+    rows, columns = x.shape
+    if static is None:
+        codes, scale, zeros = quantize_oracle(x, (1, columns), qmin, qmax, symmetric, "fp32")
+        zero = np.zeros((rows, 1)) if zeros is None else zeros
+    else:
+        scale = np.full((rows, 1), float(np.float32(static[0])))
+        zero, codes = np.full((rows, 1), static[1]), np.zeros(x.shape, np.int64)
+        for i in np.ndindex(x.shape):
+            quotient = x[i] / x.dtype.type(scale[i[0], 0])
+            codes[i] = min(max(round(float(quotient)) + static[1], qmin), qmax)
+    return (codes - zero) * scale, (np.abs(codes) + np.abs(zero)) * scale
+
+
 def pack_oracle(values: Sequence[int], bits: int, *, signed: bool = True) -> list[int]:
     """One row of codes as int32 words, by writing down every bit of the stream."""
     offset = 2 ** (bits - 1) if signed else 0

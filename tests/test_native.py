@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from machine import ISAS
 from numpy.typing import NDArray
 from oracle import dequantize_oracle, pack_oracle
 
@@ -27,7 +28,7 @@ SIZES = [1, 3, 7, 8, 9, 31, 33, 64, 129]
 BLOCKS = [1, 7, 16, 32, 1000]
 
 
-@pytest.fixture(params=native.ISAS)
+@pytest.fixture(params=ISAS)
 def kernels(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
     """The library with one instruction set chosen."""
     assert KERNELS is not None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from qkit.algorithms import Stats
+from qkit.errors import InputError
 from qkit.flows.evaluate import eval_mode
 from qkit.models import Inputs, batches, run
 from qkit.nn import QUANTIZED
+from qkit.numerics import OBSERVERS, Observer, QParams, qparams_from_range
+from qkit.spec import QSpec
 
 # Samples that are run at a time; the statistics do not depend on it.
 BATCH = 8
@@ -48,6 +51,49 @@ def collect(
     hides are not counted, because the model's answer does not depend on them.
     """
     stats = {name: _empty(modules[0]) for name, modules in layers.items()}
+
+    def learn(name: str, module: nn.Module, x: Tensor) -> None:
+        stats[name].update(QUANTIZED[type(module)].input_vectors(module, x))
+
+    _watch(model, layers, data, learn)
+    return stats
+
+
+def input_qparams(model: nn.Module, specs: Mapping[str, QSpec], data: Inputs) -> dict[str, QParams]:
+    """Scale and zero point of the inputs of the layers ``specs``, from one pass of ``data``.
+
+    Their range is that of the data (``minmax``). Raises :class:`~qkit.errors.InputError` for a
+    layer that the data never reached.
+    """
+    observers = {
+        name: Observer(OBSERVERS["minmax"](), spec, f"the input of {name}")
+        for name, spec in specs.items()
+    }
+
+    def learn(name: str, module: nn.Module, x: Tensor) -> None:
+        observers[name].update(x)
+
+    _watch(model, {name: [model.get_submodule(name)] for name in specs}, data, learn)
+    if unseen := [name for name, observer in observers.items() if observer.state is None]:
+        raise InputError(
+            "the calibration data reached no input of a layer, so its range is not known",
+            where=data.origin,
+            got=", ".join(unseen[:5]),
+            fix="--ignore it, or calibrate with data that use it",
+        )
+    return {
+        name: qparams_from_range(*observer.range(), specs[name], name=observer.name)
+        for name, observer in observers.items()
+    }
+
+
+def _watch(
+    model: nn.Module,
+    layers: Mapping[str, Sequence[nn.Module]],
+    data: Inputs,
+    learn: Callable[[str, nn.Module, Tensor], None],
+) -> None:
+    """Run ``data`` through ``model`` and call ``learn`` with every input of each of ``layers``."""
     mask: Tensor | None = None
 
     def watch(name: str) -> Any:
@@ -55,7 +101,7 @@ def collect(
             x = (args[0] if args else kwargs["input"]).detach()
             if mask is not None and isinstance(module, nn.Linear) and x.shape[:-1] == mask.shape:
                 x = x[mask]
-            stats[name].update(QUANTIZED[type(module)].input_vectors(module, x))
+            learn(name, module, x)
 
         return hook
 
@@ -73,4 +119,3 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-    return stats

@@ -83,11 +83,13 @@ def layer_outputs(artifact: Artifact, tensors: Mapping[str, Tensor]) -> dict[str
         columns = matrix_shape(facts.shape)[1]
         packed, whole = stored.get("weight_packed"), stored.get("weight")
         codes = packed if whole is None else whole.flatten(1)
-        outputs[f"layers.{name}"] = ops.linear(
+        levels = stored.get("weight_levels")
+        # The weight alone: activations are quantized by no tensor but the static range.
+        outputs[f"layers.{name}"] = (ops.linear if levels is None else ops.linear_codebook)(
             torch.randn(2, columns, generator=torch.Generator().manual_seed(columns)),
             codes,
             stored["weight_scale"],
-            stored.get("weight_zero_point"),
+            stored.get("weight_zero_point") if levels is None else levels,
             None,
             facts.spec.format.bits,
             facts.spec.group_size,

@@ -13,10 +13,10 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from qkit.algorithms import CALIBRATED, DATA_FREE, Stats
 from qkit.errors import CoverageError, InputError, UsageError, nearest
-from qkit.flows.calibrate import collect, passes
+from qkit.flows.calibrate import collect, input_qparams, passes
 from qkit.models import Inputs
 from qkit.nn import QUANTIZED, Entry, QLayer, survey, swap
-from qkit.numerics import QTensor, cast, check_finite, dequantize
+from qkit.numerics import QParams, QTensor, cast, check_finite, dequantize
 from qkit.report import LayerRow, tensor_sqnr_db
 from qkit.spec import Float, Recipe, Rule
 
@@ -63,6 +63,7 @@ def quantize_module(
         raise _nothing(plans)
     if not in_place:
         model = _copy(model, [plan.entry.module for plan in chosen])
+    ranges = _static_ranges(model, chosen, calib)
     rows: dict[str, LayerRow] = {}
     layers: dict[str, QLayer] = {}
     by_name = {plan.entry.name: plan for plan in chosen}
@@ -70,7 +71,7 @@ def quantize_module(
         for name in part:
             progress(len(layers), len(chosen), name)
             layers[name], rows[name] = _quantize_layer(
-                model, by_name[name], layers, rows, stats.get(name)
+                model, by_name[name], layers, rows, stats.get(name), ranges.get(name)
             )
     progress(len(chosen), len(chosen), "")
     model = swap(model, layers)
@@ -94,6 +95,26 @@ def _calibrated(
         assert calib is not None
         yield part, collect(model, users, calib)
     yield [plan.entry.name for plan in chosen if plan.entry.name not in needy], {}
+
+
+def _static_ranges(
+    model: nn.Module, chosen: list[_Plan], calib: Inputs | None
+) -> dict[str, QParams]:
+    """The scale of the input of every layer whose scheme wants it ahead of time."""
+    wanted = {
+        plan.entry.name: plan.rule.scheme.input
+        for plan in chosen
+        if plan.rule and plan.rule.scheme and plan.rule.scheme.input is not None
+        if plan.rule.scheme.input.when == "static"
+    }
+    if not wanted:
+        return {}
+    if calib is None:
+        raise UsageError(
+            "static ranges of activations are learnt from data",
+            fix="--calib FILE.npz with real inputs, or a dynamic scheme (w8a8)",
+        )
+    return input_qparams(model, wanted, calib)
 
 
 def _weight_of(plan: _Plan) -> str:
@@ -129,6 +150,8 @@ def _plan(entry: Entry, recipe: Recipe) -> _Plan:
         return _Plan(entry, None, "no rule of the recipe matches it")
     if rule.scheme is None:
         return _Plan(entry, None, f"ignored by {rule.match!r}")
+    if lacks := QUANTIZED[type(entry.module)].lacks(rule.scheme):
+        return _Plan(entry, None, f"a quantized {entry.kind} {lacks} ({rule.scheme.name})")
     return _Plan(entry, rule, None)
 
 
@@ -178,6 +201,7 @@ def _quantize_layer(
     layers: Mapping[str, QLayer],
     rows: Mapping[str, LayerRow],
     stats: Stats | None,
+    input_qparams: QParams | None,
 ) -> tuple[QLayer, LayerRow]:
     entry, rule = plan.entry, plan.rule
     if rule is None or rule.scheme is None:
@@ -185,8 +209,10 @@ def _quantize_layer(
     module: Any = model.get_submodule(entry.name)
     quantized = QUANTIZED[type(module)]
     if entry.tied_to is not None:
-        layer = quantized(module, rule.scheme.weight)
+        layer = quantized(module, rule.scheme.weight, rule.scheme.input)
         layer.share_weight(layers[entry.tied_to])
+        if input_qparams is not None:
+            layer.set_input_range(input_qparams)
         note = f"tied to {entry.tied_to}"
         return layer, replace(
             rows[entry.tied_to], name=entry.name, parameters=entry.parameters, note=note
@@ -213,7 +239,7 @@ def _quantize_layer(
         sqnr_db=_sqnr(weight.flatten(1), q),
         note="; ".join(filter(None, (_short_group(q), _unreached(rule, algorithm)))) or None,
     )
-    return quantized.from_float(module, q), row
+    return quantized.from_float(module, q, rule.scheme.input, input_qparams), row
 
 
 def _join(name: str, leaf: str) -> str:

@@ -19,8 +19,8 @@ class QConv2d(QLayer):
 
     float_class = nn.Conv2d
 
-    def __init__(self, layer: nn.Conv2d, spec: QSpec) -> None:
-        super().__init__(layer, spec)
+    def __init__(self, layer: nn.Conv2d, spec: QSpec, acts: QSpec | None = None) -> None:
+        super().__init__(layer, spec, acts)
         self.in_channels = layer.in_channels
         self.out_channels = layer.out_channels
         self.kernel_size = layer.kernel_size

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from qkit import ops
-from qkit.numerics import QTensor
+from qkit.numerics import QParams, QTensor
 from qkit.packing import from_tensors, tensor_specs, to_tensors
-from qkit.packing.store import matrix_shape
-from qkit.spec import Int, QSpec
+from qkit.packing.store import Stored, matrix_shape
+from qkit.spec import Codebook, QSpec, Scheme
 
 # The module's own name for the stored int8 tensor ``weight``: see QLayer.weight.
 CODES = "weight_codes"
@@ -26,7 +26,7 @@ def stored_name(name: str) -> str:
 
 
 class QLayer(nn.Module):
-    """Base of the layers whose weight is quantized and whose activations are not.
+    """Base of the layers whose weight is quantized, and maybe (``acts``) their input.
 
     The weight lives in buffers, so it has no gradient and moves with the module. Their names and
     shapes in ``state_dict`` are the stored layout (:mod:`qkit.packing.store`). ``.half()`` and
@@ -40,36 +40,71 @@ class QLayer(nn.Module):
     weight_packed: Tensor  # 1 to 7 bits
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    weight_levels: Tensor  # codebooks
+    input_scale: Tensor  # static ranges of the input
+    input_zero_point: Tensor | None
 
-    def __init__(self, layer: FloatLayer, spec: QSpec) -> None:
+    def __init__(self, layer: FloatLayer, spec: QSpec, acts: QSpec | None = None) -> None:
         """An empty layer with the geometry, bias and device of the float ``layer``."""
         super().__init__()
-        assert isinstance(spec.format, Int)
+        if lacks := self.lacks(Scheme(spec, acts)):
+            raise TypeError(f"{type(self).__name__} {lacks}")
         weight = layer.weight
         self.spec = spec
+        self.acts = acts
         self.bits = spec.format.bits
         self.group = spec.group_size
         self.weight_size = tuple(weight.shape)
         self.weight_dtype = weight.dtype
-        for name, stored in tensor_specs(self.weight_size, spec).items():
+        for name, stored in self._stored().items():
             empty = torch.empty(stored.shape, dtype=stored.dtype, device=weight.device)
             self.register_buffer(CODES if name == "weight" else name, empty)
         if spec.symmetric:
             self.weight_zero_point = None
+        if acts is not None and acts.when == "static" and acts.symmetric:
+            self.input_zero_point = None
         self.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
         self.train(layer.training)
 
     @classmethod
-    def from_float(cls, layer: FloatLayer, q: QTensor) -> QLayer:
+    def lacks(cls, scheme: Scheme) -> str | None:
+        """Why there is no such layer under ``scheme``; None where there is."""
+        if scheme.input is not None:
+            return "has no kernel with quantized activations"
+        if isinstance(scheme.weight.format, Codebook):
+            return f"has no kernel for {scheme.weight.format} weights"
+        return None
+
+    @classmethod
+    def from_float(
+        cls,
+        layer: FloatLayer,
+        q: QTensor,
+        acts: QSpec | None = None,
+        input_qparams: QParams | None = None,
+    ) -> QLayer:
         """The layer that computes what ``layer`` does with its weight replaced by ``q``.
 
         ``q`` holds the weight as a matrix ``[rows, columns]`` (trailing dimensions flattened).
-        The bias is the very Parameter of ``layer``.
+        The bias is the very Parameter of ``layer``. ``acts`` says how the input is quantized, and
+        ``input_qparams`` with what scale where its range is static.
         """
-        new = cls(layer, q.spec)
+        new = cls(layer, q.spec, acts)
         for name, tensor in to_tensors(q, new.weight_size).items():
             setattr(new, CODES if name == "weight" else name, tensor.to(layer.weight.device))
+        if input_qparams is not None:
+            new.set_input_range(input_qparams)
         return new
+
+    def set_input_range(self, qparams: QParams) -> None:
+        """Quantize the input with this scale (and zero point), one for all."""
+        device = self.weight_scale.device
+        self.input_scale = qparams.scale.reshape(1).to(device)
+        if qparams.zero_point is not None:
+            self.input_zero_point = qparams.zero_point.reshape(1).to(device)
+
+    def _stored(self) -> dict[str, Stored]:
+        return tensor_specs(self.weight_size, self.spec, self.acts)
 
     @staticmethod
     def input_vectors(layer: Any, x: Tensor) -> Tensor:
@@ -97,10 +132,11 @@ class QLayer(nn.Module):
         For code that reads a layer's weight instead of calling the layer (its dtype, a norm, a
         functional call): it gets the right values, at the price of a dequantization.
         """
-        matrix = ops.dequantize(
+        book = isinstance(self.spec.format, Codebook)
+        matrix = (ops.dequantize_codebook if book else ops.dequantize)(
             self.stored_weight,
             self.weight_scale,
-            self.weight_zero_point,
+            self.weight_levels if book else self.weight_zero_point,
             self.bits,
             self.group,
             matrix_shape(self.weight_size)[1],
@@ -111,13 +147,16 @@ class QLayer(nn.Module):
     def share_weight(self, other: QLayer) -> None:
         """Use the buffers of ``other``, whose weight this layer's weight is tied to."""
         for name in self._buffers:
-            self._buffers[name] = other._buffers[name]
+            if name.startswith("weight"):
+                self._buffers[name] = other._buffers[name]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLayer:
-        scale = self.weight_scale
+        kept = {name: t for name, t in self._buffers.items() if t is not None}
         super()._apply(fn, recurse)
-        if self.weight_scale.dtype != scale.dtype:
-            self.weight_scale = scale.to(self.weight_scale.device)
+        for name, old in kept.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return self
 
@@ -131,7 +170,7 @@ class QLayer(nn.Module):
 
         torch itself compares shapes only, and casts: float weights would become codes.
         """
-        for name, want in tensor_specs(self.weight_size, self.spec).items():
+        for name, want in self._stored().items():
             have = state_dict.get(prefix + name)
             if not isinstance(have, Tensor):
                 continue  # torch reports it
@@ -172,4 +211,5 @@ class QLayer(nn.Module):
     def extra_repr(self) -> str:
         """The geometry and the spec."""
         shape = "x".join(map(str, self.weight_size))
-        return f"{shape}, bias={self.bias is not None}, {self.spec.describe()}"
+        acts = "" if self.acts is None else f"; input {self.acts.describe()}, {self.acts.when}"
+        return f"{shape}, bias={self.bias is not None}, {self.spec.describe()}{acts}"

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from qkit import ops
-from qkit.nn.layer import QLayer
-from qkit.spec import QSpec
+from qkit.nn.layer import CODES, QLayer
+from qkit.ops import eager
+from qkit.spec import Codebook, Int, QSpec, Scheme
 
 
 class QLinear(QLayer):
     """``y = x @ W.T + b`` with ``W`` ``[out_features, in_features]`` quantized.
 
-    ``x`` ``[..., in_features]`` is fp32, bf16, fp16 or fp64; ``y`` has its dtype.
+    ``x`` ``[..., in_features]`` is fp32, bf16, fp16 or fp64; ``y`` has its dtype. With ``acts``,
+    ``x`` is first rounded to integers: each row by its own range (dynamic), or all by one (static).
     """
 
     float_class = nn.Linear
 
-    def __init__(self, layer: nn.Linear, spec: QSpec) -> None:
-        super().__init__(layer, spec)
+    def __init__(self, layer: nn.Linear, spec: QSpec, acts: QSpec | None = None) -> None:
+        super().__init__(layer, spec, acts)
         self.in_features = layer.in_features
         self.out_features = layer.out_features
+        self._kept = eager.Kept()
+        self._op = "linear" if acts is None else f"linear_{acts.when}"
+        if isinstance(spec.format, Codebook):
+            self._op = "linear_codebook"
+
+    @classmethod
+    def lacks(cls, scheme: Scheme) -> str | None:
+        """Why there is no such layer under ``scheme``; None where there is."""
+        if scheme.input is None:
+            return None
+        if isinstance(scheme.weight.format, Codebook) or not isinstance(scheme.input.format, Int):
+            return "has no kernel with such activations"
+        return None
 
     @staticmethod
     def input_vectors(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -33,12 +49,32 @@ class QLinear(QLayer):
         # (Not torch._check: torch.compile takes no message that reads the module.)
         if x.shape[-1] != self.in_features:
             raise RuntimeError(f"QLinear takes {self.in_features} features, got {x.shape[-1]}")
-        return ops.linear(
-            x,
-            self.stored_weight,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.bias,
-            self.bits,
-            self.group,
+        return self._call(x)
+
+    def _call(self, x: Tensor) -> Tensor:
+        own, acts = self._buffers, self.acts
+        weight = own[CODES if self.bits == 8 else "weight_packed"]
+        scale, bias = own["weight_scale"], self._parameters["bias"]
+        assert weight is not None
+        assert scale is not None
+        third = (
+            own["weight_levels"] if self._op == "linear_codebook" else own.get("weight_zero_point")
         )
+        given = weight, scale, third, bias, self.bits, self.group
+        static = None
+        if acts is not None and acts.when == "static":
+            range_ = own["input_scale"]
+            assert range_ is not None
+            static = range_, own.get("input_zero_point")
+        if not torch.compiler.is_compiling():
+            done = eager.call(self._kept, self._op, x, *given, acts, static)
+            if done is not None:
+                return done
+        if self._op == "linear_codebook":
+            return ops.linear_codebook(x, *given)
+        if acts is None:
+            return ops.linear(x, *given)
+        assert isinstance(acts.format, Int)
+        if static is None:
+            return ops.linear_dynamic(x, *given, acts.format.bits, acts.symmetric)
+        return ops.linear_static(x, *given, acts.format.bits, *static)

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from qkit.native import isa
-from qkit.ops import native, reference, schema
-
-_counters: list[Counter[str]] = []
+from qkit.ops import eager, native, reference, schema
+from qkit.spec import Int
 
 
 @contextmanager
@@ -30,12 +29,12 @@ def count_calls() -> Iterator[Counter[str]]:
     set of the kernels or ``reference``.
     """
     counter: Counter[str] = Counter()
-    _counters.append(counter)
+    eager.counters.append(counter)
     try:
         yield counter
     finally:
         # By identity: two counters with equal counts are equal.
-        _counters[:] = [other for other in _counters if other is not counter]
+        eager.counters[:] = [other for other in eager.counters if other is not counter]
 
 
 def _implementation(name: str) -> Callable[..., Tensor]:
@@ -45,33 +44,54 @@ def _implementation(name: str) -> Callable[..., Tensor]:
     @wraps(plain)
     def call(*args: Any) -> Tensor:
         out = None if fast is None else fast(*args)
-        ran = "reference" if out is None else isa()
-        for counter in _counters:
-            counter[f"qkit::{name}[{ran}]"] += 1
+        eager.count(name, None if out is None else isa())
         return plain(*args) if out is None else out
 
     return call
 
 
 def _save_for_linear(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, scale, zero_point, bias, bits, group = inputs
-    ctx.save_for_backward(weight, scale, zero_point)
-    ctx.call = (bits, group, x.shape[-1], x.dtype)
+    # `third` is the zero point, or the levels of a codebook.
+    x, weight, scale, third, bias, bits, group, *acts = inputs
+    ctx.save_for_backward(weight, scale, third, *_kept(x, acts))
+    ctx.call = (bits, group, x.shape[-1], x.dtype, acts[:1])
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of the input and the bias; the quantized weight has none."""
-    weight, scale, zero_point = ctx.saved_tensors
-    bits, group, columns, dtype = ctx.call
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad @ torch.ops.qkit.dequantize(
-            weight, scale, zero_point, bits, group, columns, dtype
-        )
-    if ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None
+def _kept(x: Tensor, acts: list) -> tuple[Tensor, ...]:
+    """What the gradient of a static layer needs: the input, to see what was clipped."""
+    return (x, *acts[1:]) if acts and isinstance(acts[1], Tensor) else ()
+
+
+def _backward(dequantize: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Gradients of the input and the bias; the quantized weight has none.
+
+    Rounded activations pass their gradient on as it is (straight through), except where a static
+    range clipped them.
+    """
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, third, *static = ctx.saved_tensors
+        bits, group, columns, dtype, act_bits = ctx.call
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ dequantize(weight, scale, third, bits, group, columns, dtype)
+            if static:
+                x, act_scale, act_zero_point = static
+                inside = _inside(x, act_scale, act_zero_point, act_bits[0])
+                grad_x = grad_x * inside.to(grad_x.dtype)
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return grad_x, None, None, None, grad_bias, *(None,) * (len(ctx.needs_input_grad) - 5)
+
+    return backward
+
+
+def _inside(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+    """Where a static range does not clip ``x``."""
+    fmt = Int(bits, narrow=zero_point is None)
+    codes = (x.float() / scale).round() + (0 if zero_point is None else zero_point)
+    return (codes >= fmt.qmin) & (codes <= fmt.qmax)
 
 
 def _save_for_conv2d(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -105,13 +125,26 @@ for _name, _schema in schema.SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"qkit::{_name}", schema.FAKES[_name], lib=_library)
-torch.library.register_autograd(
-    "qkit::linear", _linear_backward, setup_context=_save_for_linear, lib=_library
-)
+_OF_INTEGERS = _backward(torch.ops.qkit.dequantize)
+_OF_LEVELS = _backward(torch.ops.qkit.dequantize_codebook)
+for _name, _gradient in {
+    "linear": _OF_INTEGERS,
+    "linear_codebook": _OF_LEVELS,
+    "linear_dynamic": _OF_INTEGERS,
+    "linear_static": _OF_INTEGERS,
+}.items():
+    torch.library.register_autograd(
+        f"qkit::{_name}", _gradient, setup_context=_save_for_linear, lib=_library
+    )
 torch.library.register_autograd(
     "qkit::conv2d", _conv2d_backward, setup_context=_save_for_conv2d, lib=_library
 )
 
 linear = torch.ops.qkit.linear.default
+linear_codebook = torch.ops.qkit.linear_codebook.default
+linear_dynamic = torch.ops.qkit.linear_dynamic.default
+linear_static = torch.ops.qkit.linear_static.default
 conv2d = torch.ops.qkit.conv2d.default
 dequantize = torch.ops.qkit.dequantize.default
+dequantize_codebook = torch.ops.qkit.dequantize_codebook.default
+embedding = torch.ops.qkit.embedding.default

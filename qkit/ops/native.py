@@ -7,6 +7,7 @@ the reference. The weight is used as it is stored: nothing is repacked or kept.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable
 
@@ -15,71 +16,130 @@ from torch import Tensor
 
 from qkit import native
 from qkit.packing import packed_words
+from qkit.spec import Int, QSpec
 from qkit.spec.granularity import ceil_div
 
-# What the kernels compute with, as fp32; fp64 would lose precision.
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
+# What the kernels read and write, by their number for it; fp64 would lose precision.
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-Stored = tuple[Tensor, Tensor, Tensor | None]  # weight, scale, zero point, ready for the kernels
+# What becomes of the activations: `kind` in kernels/qkit.h.
+EXACT, SYMMETRIC, AFFINE, STATIC = range(4)
+_EXACT = native.Acts(EXACT, 0, 0, 0.0, 0)
 
 
-def _stored(
+class Stored:
+    """A stored weight as the kernels take it, and the tensors that must outlive it."""
+
+    def __init__(self, weight: native.Weight, *tensors: Tensor | None) -> None:
+        self.weight = weight
+        self.pointer = ctypes.addressof(weight)
+        self.columns = int(weight.columns)
+        self.rows = int(weight.n)
+        self.tensors = tensors
+
+
+def stored(
     weight: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
+    bias: Tensor | None,
     bits: int,
     group: int,
     columns: int,
+    levels: Tensor | None = None,
 ) -> Stored | None:
-    """The three tensors as the kernels read them; None if they do not, or if anything is amiss.
+    """A weight for the kernels; None if they do not read it, or if anything is amiss.
 
     Everything is checked here, because the kernels check nothing; the reference says what is wrong.
     """
-    rows = weight.shape[0]
+    rows = weight.shape[0] if weight.ndim else 0
+    byte = torch.int8 if levels is None else torch.uint8
     width = columns if bits == 8 else packed_words(columns, bits)
     shared = tuple(scale.shape) == (1, 1) and group == 0
     blocks = ceil_div(columns, group) if group else 1
-    tensors = (weight, scale) if zero_point is None else (weight, scale, zero_point)
+    given = [t for t in (weight, scale, zero_point, bias, levels) if t is not None]
     if (
         rows * columns == 0
         or not 1 <= bits <= 8
         or group < 0
         or math.prod(weight.shape[1:]) != width
         or (bits < 8 and weight.ndim != 2)
-        or any(t.device.type != "cpu" for t in tensors)
-        or weight.dtype != (torch.int8 if bits == 8 else torch.int32)
-        or scale.dtype not in NARROW
+        or any(t.device.type != "cpu" for t in given)
+        or weight.dtype != (byte if bits == 8 else torch.int32)
+        or scale.dtype not in TYPES
         or not (shared or tuple(scale.shape) == (rows, blocks))
         or (zero_point is not None and zero_point.dtype != torch.int8)
         or (zero_point is not None and zero_point.shape != scale.shape)
+        # A bias of fp64 is added in fp64, by the reference.
+        or (bias is not None and (bias.dtype not in TYPES or tuple(bias.shape) != (rows,)))
+        or (levels is not None and (levels.dtype not in TYPES or levels.shape != (1 << bits,)))
     ):
         return None
-    zero = None if zero_point is None else zero_point.contiguous()
-    return weight.contiguous(), scale.to(torch.float32).contiguous(), zero
+    weight, scale = weight.contiguous(), _wide(scale)
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    bias = None if bias is None else _wide(bias)
+    levels = None if levels is None else _wide(levels)
+    pointers = native.Weight(
+        weight.data_ptr(),
+        rows,
+        columns,
+        weight.numel() * weight.element_size() // rows,
+        group,
+        bits,
+        int(scale.shape[0] != rows),
+        scale.data_ptr(),
+        None if zero_point is None else zero_point.data_ptr(),
+        None if levels is None else levels.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+    )
+    return Stored(pointers, weight, scale, zero_point, bias, levels)
 
 
-def _arguments(
-    weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group: int, columns: int
-) -> tuple:
-    """What ``_stored`` found, as the C functions take it; the tensors must outlive the call."""
-    rows = weight.shape[0]
-    stride = weight.numel() * weight.element_size() // rows
-    zero = None if zero_point is None else zero_point.data_ptr()
-    shared = int(scale.shape[0] != rows)
-    return weight.data_ptr(), rows, columns, stride, bits, group, scale.data_ptr(), zero, shared
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().to(torch.float32).contiguous()
 
 
-def _decode(
-    kernels: ctypes.CDLL,
-    stored: Stored,
+def _done(code: int) -> None:
+    if code:
+        raise MemoryError("qkit: no memory for the scratch of a linear layer")
+
+
+def multiply(kernels: ctypes.CDLL, x: Tensor, weight: Stored, acts: native.Acts = _EXACT) -> Tensor:
+    """``x @ W.T + bias`` for ``x`` of one of TYPES on the CPU, with matching columns."""
+    *outer, columns = x.shape
+    rows = x.numel() // columns
+    x = x.detach().contiguous()
+    out = torch.empty(*outer, weight.rows, dtype=x.dtype)
+    _done(
+        kernels.qkit_linear(
+            weight.pointer,
+            ctypes.addressof(acts),
+            x.data_ptr(),
+            TYPES[x.dtype],
+            rows,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+    )
+    return out
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
     bits: int,
     group: int,
-    columns: int,
-) -> Tensor:
-    out = torch.empty(stored[0].shape[0], columns)
-    threads = torch.get_num_threads()
-    kernels.qkit_decode(*_arguments(*stored, bits, group, columns), out.data_ptr(), threads)
-    return out
+    acts: Callable[[], native.Acts],
+    levels: Tensor | None = None,
+) -> Tensor | None:
+    kernels = native.library()
+    if kernels is None or x.dtype not in TYPES or x.device.type != "cpu" or x.ndim == 0:
+        return None
+    w = stored(weight, scale, zero_point, bias, bits, group, x.shape[-1], levels)
+    return None if w is None else multiply(kernels, x, w, acts())
 
 
 def linear(
@@ -92,35 +152,107 @@ def linear(
     group: int,
 ) -> Tensor | None:
     """``qkit::linear``; None where the reference has to do it (or to refuse it)."""
-    kernels = native.library()
-    if kernels is None or x.dtype not in NARROW or x.device.type != "cpu" or x.ndim == 0:
+    return _linear(x, weight, scale, zero_point, bias, bits, group, lambda: _EXACT)
+
+
+def linear_codebook(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+) -> Tensor | None:
+    """``qkit::linear_codebook``; None where the reference has to do it (or to refuse it)."""
+    return _linear(x, weight, scale, None, bias, bits, group, lambda: _EXACT, levels)
+
+
+def linear_dynamic(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    act_bits: int,
+    act_symmetric: bool,
+) -> Tensor | None:
+    """``qkit::linear_dynamic``; None where the reference has to do it (or to refuse it)."""
+    if not 2 <= act_bits <= 8:
         return None
-    columns = x.shape[-1]
-    stored = _stored(weight, scale, zero_point, bits, group, columns)
-    if stored is None or not (bias is None or _is_bias(bias, weight.shape[0])):
+    acts = _dynamic(Int(act_bits, narrow=act_symmetric), act_symmetric)
+    return _linear(x, weight, scale, zero_point, bias, bits, group, lambda: acts)
+
+
+@functools.cache
+def _dynamic(fmt: Int, symmetric: bool) -> native.Acts:
+    """Integers with the scale of each row."""
+    return native.Acts(SYMMETRIC if symmetric else AFFINE, fmt.qmin, fmt.qmax, 0.0, 0)
+
+
+@functools.cache
+def acts_of(spec: QSpec | None) -> native.Acts:
+    """What becomes of activations that are left alone, or quantized dynamically."""
+    if spec is None:
+        return _EXACT
+    assert isinstance(spec.format, Int)
+    return _dynamic(spec.format, spec.symmetric)
+
+
+def linear_static(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    act_bits: int,
+    act_scale: Tensor,
+    act_zero_point: Tensor | None,
+) -> Tensor | None:
+    """``qkit::linear_static``; None where the reference has to do it (or to refuse it)."""
+    one = act_scale.numel() == 1 and (act_zero_point is None or act_zero_point.numel() == 1)
+    if not 2 <= act_bits <= 8 or not one:
         return None
-    rows, outputs = math.prod(x.shape[:-1]), weight.shape[0]
-    wide = x.reshape(rows, columns).to(torch.float32).contiguous()
-    wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
-    out = torch.empty(rows, outputs)
-    scratch = torch.empty(kernels.qkit_linear_scratch(rows, columns))
-    # At any number of rows: torch's product of a decoded tile is no faster (0.88 against 0.87 of
-    # fp32 at 512 rows of 4096 x 4096), and not the same bits in every process.
-    kernels.qkit_linear(
-        wide.data_ptr(),
-        rows,
-        *_arguments(*stored, bits, group, columns),
-        None if wide_bias is None else wide_bias.data_ptr(),
-        out.data_ptr(),
-        scratch.data_ptr(),
-        torch.get_num_threads(),
+
+    fmt = Int(act_bits, narrow=act_zero_point is None)
+    return _linear(
+        x,
+        weight,
+        scale,
+        zero_point,
+        bias,
+        bits,
+        group,
+        lambda: static_acts(fmt, act_scale, act_zero_point),
     )
-    return out.to(x.dtype).reshape(*x.shape[:-1], outputs)
 
 
-def _is_bias(bias: Tensor, outputs: int) -> bool:
-    # One of fp64 is added in fp64, by the reference.
-    return bias.device.type == "cpu" and bias.dtype in NARROW and tuple(bias.shape) == (outputs,)
+def static_acts(fmt: Int, scale: Tensor, zero_point: Tensor | None) -> native.Acts:
+    """Integers with a scale that is known."""
+    zero = 0 if zero_point is None else int(zero_point)
+    return native.Acts(STATIC, fmt.qmin, fmt.qmax, float(scale), zero)
+
+
+def _decode(
+    kernels: ctypes.CDLL, weight: Stored, indices: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    count = weight.rows if indices is None else indices.numel()
+    out = torch.empty(count, weight.columns, dtype=dtype)
+    _done(
+        kernels.qkit_decode(
+            weight.pointer,
+            None if indices is None else indices.data_ptr(),
+            count,
+            TYPES[dtype],
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+    )
+    return out
 
 
 def dequantize(
@@ -134,13 +266,61 @@ def dequantize(
 ) -> Tensor | None:
     """``qkit::dequantize``; None where the reference has to do it (or to refuse it)."""
     kernels = native.library()
-    if kernels is None or dtype not in NARROW:
+    if kernels is None or dtype not in TYPES:
         return None
-    stored = _stored(weight, scale, zero_point, bits, group, columns)
-    return None if stored is None else _decode(kernels, stored, bits, group, columns).to(dtype)
+    w = stored(weight, scale, zero_point, None, bits, group, columns)
+    return None if w is None else _decode(kernels, w, None, dtype)
+
+
+def dequantize_codebook(
+    weight: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    bits: int,
+    group: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """``qkit::dequantize_codebook``; None where the reference has to do it (or to refuse it)."""
+    kernels = native.library()
+    if kernels is None or dtype not in TYPES:
+        return None
+    w = stored(weight, scale, None, None, bits, group, columns, levels)
+    return None if w is None else _decode(kernels, w, None, dtype)
+
+
+def embedding(
+    indices: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """``qkit::embedding``; None where the reference has to do it (or to refuse it)."""
+    kernels = native.library()
+    if (
+        kernels is None
+        or dtype not in TYPES
+        or indices.device.type != "cpu"
+        or indices.dtype not in (torch.int64, torch.int32)
+    ):
+        return None
+    w = stored(weight, scale, zero_point, None, bits, group, columns)
+    flat = indices.reshape(-1).to(torch.int64).contiguous()
+    if w is None or (flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < w.rows):
+        return None
+    return _decode(kernels, w, flat, dtype).reshape(*indices.shape, columns)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor | None]] = {
     "linear": linear,
+    "linear_codebook": linear_codebook,
+    "linear_dynamic": linear_dynamic,
+    "linear_static": linear_static,
     "dequantize": dequantize,
+    "dequantize_codebook": dequantize_codebook,
+    "embedding": embedding,
 }

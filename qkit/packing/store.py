@@ -4,11 +4,15 @@ A weight of shape ``[rows, ...]`` is stored as a matrix ``[rows, columns]``, the
 dimensions flattened. With ``G = ceil(columns / group)`` (1 per channel; ``[1, 1]`` per tensor):
 
 =======================  ======  ====================================================
-``weight``               int8    the codes in the weight's own shape (8 bits only)
+``weight``               int8    the codes in the weight's own shape (8 bits only; uint8 of
+                                 a codebook)
 ``weight_packed``        int32   ``[rows, ceil(columns * bits / 32)]``, see ``bits`` (1 to 7)
 ``weight_shape``         int64   the weight's own shape (with ``weight_packed`` only)
 ``weight_scale``         float   ``[rows, G]``
 ``weight_zero_point``    int8    ``[rows, G]`` (affine only)
+``weight_levels``        fp32    ``[2^bits]``, what a code stands for (codebooks only)
+``input_scale``          fp32    ``[1]`` (activations with a static range only)
+``input_zero_point``     int8    ``[1]`` (the same, if affine)
 =======================  ======  ====================================================
 
 The names are those of the compressed-tensors formats ``int-quantized`` and ``pack-quantized``.
@@ -26,7 +30,7 @@ from torch import Tensor
 from qkit.errors import InputError
 from qkit.numerics import QParams, QTensor, scale_dtype
 from qkit.packing.bits import pack, packed_words, unpack
-from qkit.spec import Int, QSpec
+from qkit.spec import Codebook, Int, QSpec
 
 Shape = tuple[int, ...]
 
@@ -44,22 +48,39 @@ def matrix_shape(shape: Shape) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _format(spec: QSpec) -> Int:
-    if not isinstance(spec.format, Int) or not spec.format.signed:
-        raise TypeError(f"only signed integers are stored as codes, not {spec.format}")
-    return spec.format
+def _format(spec: QSpec) -> Int | Codebook:
+    fmt = spec.format
+    if not isinstance(fmt, Codebook) and not (isinstance(fmt, Int) and fmt.signed):
+        raise TypeError(f"only signed integers and codebooks are stored as codes, not {fmt}")
+    return fmt
 
 
-def tensor_specs(shape: Shape, spec: QSpec) -> dict[str, Stored]:
-    """Which tensors a weight of ``shape`` under ``spec`` is stored as."""
+def levels_of(fmt: Codebook) -> Tensor:
+    """What each code of a codebook stands for, fp32 ``[2^bits]``; codes that it lacks are 0."""
+    return torch.tensor([*fmt.entries, *[0.0] * ((1 << fmt.bits) - len(fmt.entries))])
+
+
+def tensor_specs(shape: Shape, spec: QSpec, acts: QSpec | None = None) -> dict[str, Stored]:
+    """Which tensors a weight of ``shape`` under ``spec`` is stored as.
+
+    ``acts`` is how the layer quantizes its input; where its range is static, that is stored too.
+    """
     rows, columns = matrix_shape(shape)
-    bits = _format(spec).bits
+    fmt = _format(spec)
+    bits = fmt.bits
     scale_shape = spec.granularity.scale_shape((rows, columns))
     stored = {"weight_scale": Stored(scale_shape, scale_dtype(spec))}
     if not spec.symmetric:
         stored["weight_zero_point"] = Stored(scale_shape, torch.int8)
+    if isinstance(fmt, Codebook):
+        stored["weight_levels"] = Stored((1 << bits,), torch.float32)
+    if acts is not None and acts.when == "static":
+        stored["input_scale"] = Stored((1,), torch.float32)
+        if not acts.symmetric:
+            stored["input_zero_point"] = Stored((1,), torch.int8)
     if bits == 8:
-        return {"weight": Stored(shape, torch.int8)} | stored
+        byte = torch.uint8 if isinstance(fmt, Codebook) else torch.int8
+        return {"weight": Stored(shape, byte)} | stored
     packed = Stored((rows, packed_words(columns, bits)), torch.int32)
     return {
         "weight_packed": packed,
@@ -69,10 +90,13 @@ def tensor_specs(shape: Shape, spec: QSpec) -> dict[str, Stored]:
 
 def to_tensors(q: QTensor, shape: Shape) -> dict[str, Tensor]:
     """The tensors to store for the matrix ``q`` of a weight of ``shape``."""
-    bits = _format(q.spec).bits
+    fmt = _format(q.spec)
+    bits = fmt.bits
     tensors = {"weight_scale": q.qparams.scale}
     if q.qparams.zero_point is not None:
         tensors["weight_zero_point"] = q.qparams.zero_point
+    if isinstance(fmt, Codebook):
+        tensors["weight_levels"] = levels_of(fmt)
     if bits == 8:
         return {"weight": q.codes.reshape(shape)} | tensors
     return {
@@ -86,7 +110,8 @@ def from_tensors(tensors: Mapping[str, Tensor], spec: QSpec, *, name: str = "wei
 
     Raises :class:`~qkit.errors.InputError` if a tensor is missing or has another shape or dtype.
     """
-    bits = _format(spec).bits
+    fmt = _format(spec)
+    bits = fmt.bits
     key = "weight" if bits == 8 else "weight_shape"
     if key not in tensors:
         raise InputError(f"the artifact lacks {key!r}", where=name, got=", ".join(sorted(tensors)))
@@ -112,6 +137,7 @@ def from_tensors(tensors: Mapping[str, Tensor], spec: QSpec, *, name: str = "wei
     if bits == 8:
         codes = tensors["weight"].reshape(rows, columns)
     else:
-        codes = unpack(tensors["weight_packed"], bits, columns)
+        signed = not isinstance(fmt, Codebook)
+        codes = unpack(tensors["weight_packed"], bits, columns, signed=signed)
     zero_point = None if spec.symmetric else tensors["weight_zero_point"]
     return QTensor(codes, QParams(tensors["weight_scale"], zero_point), spec)

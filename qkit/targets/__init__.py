@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qkit.errors import RequestError, UsageError, nearest
-from qkit.spec import Int, Scheme
+from qkit.spec import Codebook, Int, Scheme
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,14 @@ class TargetInfo:
 
 
 def _torch_expresses(scheme: Scheme) -> bool:
-    """Integer weights alone, or a cast to a type in which torch computes (not fp8)."""
+    """Integer weights (with integer activations or exact ones), codebooks, or a cast to a type in
+    which torch computes (not fp8)."""
+    fmt = scheme.weight.format
     if scheme.is_cast:
-        return scheme.weight.format.bits >= 16
-    return scheme.weight_only and isinstance(scheme.weight.format, Int)
+        return fmt.bits >= 16
+    if scheme.output is not None:
+        return False
+    return isinstance(fmt, Int) or (isinstance(fmt, Codebook) and scheme.input is None)
 
 
 TARGETS = {
@@ -53,7 +57,7 @@ def check(name: str, scheme: Scheme) -> None:
         raise RequestError(
             f"the target {name!r} {lacks}",
             got=scheme.name,
-            wanted="a weight-only scheme (w8a16, w4a16-g128, ...) or a cast (fp16, bf16)",
+            wanted="a scheme of integers (w8a16, w4a16-g128, w8a8, ...), nf4, a cast (fp16, bf16)",
             fix=fix,
         )
 
@@ -62,8 +66,8 @@ def _obstacle(scheme: Scheme) -> tuple[str, str]:
     """What no target has yet, and what to ask for instead."""
     fmt = scheme.weight.format
     if isinstance(fmt, Int):
-        instead = f"--scheme {Scheme(scheme.weight).name} has these weights and exact activations"
-        return "has no layers with quantized activations yet", instead
+        instead = f"--scheme {Scheme(scheme.weight, scheme.input).name} leaves the outputs alone"
+        return "has no layers with quantized outputs", instead
     instead = "--scheme w8a16" if fmt.bits == 8 else "--scheme w4a16-g32"
     if scheme.is_cast:
         return f"cannot run a whole model in {fmt}: most of torch's operators lack it", instead

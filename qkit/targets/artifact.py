@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import InputError
-from qkit.spec import Int, PerChannel, PerGroup, PerTensor, QSpec
+from qkit.spec import FP32, Codebook, Int, PerChannel, PerGroup, PerTensor, PerToken, QSpec
 from qkit.spec.plain import show, take
 
 FORMAT_VERSION = 1
@@ -41,12 +41,14 @@ MAX_WEIGHT = 1 << 48
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """How a quantized layer is stored: its class, the shape and dtype of its weight, the spec."""
+    """How a quantized layer is stored: its class, the shape and dtype of its weight, the spec of
+    the weight, and that of its input where it is quantized too."""
 
     kind: str
     shape: tuple[int, ...]
     dtype: str
     spec: QSpec
+    acts: QSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -128,20 +130,34 @@ def _items(data: object, kind: type) -> list[tuple[str, Any]]:
 
 
 def _layer(data: dict[str, Any]) -> LayerFacts:
-    kinds = {"class": str, "shape": list, "dtype": str, "spec": dict}
-    kind, shape, dtype, spec = take(data, "layer", kinds)
+    kinds = {"class": str, "shape": list, "dtype": str, "spec": dict, "input": object}
+    kind, shape, dtype, spec, acts = take(data, "layer", kinds)
     if dtype not in FLOATS:
         raise InputError("not the dtype of a weight", got=show(dtype), wanted=", ".join(FLOATS))
     whole = len(shape) >= 2 and all(type(n) is int and n > 0 for n in shape)
     if not whole or math.prod(shape) > MAX_WEIGHT:
         raise InputError("not the shape of a weight", got=show(shape))
-    facts = LayerFacts(kind, tuple(shape), dtype, QSpec.from_json(spec))
-    fmt, granularity = facts.spec.format, facts.spec.granularity
+    weight, given = QSpec.from_json(spec), None if acts is None else QSpec.from_json(acts)
+    fmt, granularity = weight.format, weight.granularity
     rows = granularity in (PerTensor(), PerChannel(0))
     groups = isinstance(granularity, PerGroup) and granularity.axis == -1
-    if not (isinstance(fmt, Int) and fmt.signed and (rows or groups)):
-        raise InputError("no layer has such a weight", got=facts.spec.describe())
-    return facts
+    coded = isinstance(fmt, Codebook) or (isinstance(fmt, Int) and fmt.signed)
+    if not (coded and (rows or groups)):
+        raise InputError("no layer has such a weight", got=weight.describe())
+    if given is not None and not is_input(given):
+        raise InputError("no layer has such an input", got=given.describe())
+    return LayerFacts(kind, tuple(shape), dtype, weight, given)
+
+
+def is_input(spec: QSpec) -> bool:
+    """Whether a layer can quantize its input so: per token at each call, or by one static range."""
+    fmt, granularity = spec.format, spec.granularity
+    if not (isinstance(fmt, Int) and fmt.signed and fmt.bits > 1):
+        return False
+    if spec.symmetric != fmt.narrow:  # the full symmetric range has a negative scale
+        return False
+    per = {"dynamic": PerToken(), "static": PerTensor()}
+    return per.get(spec.when) == granularity and spec.scale == FP32
 
 
 def sha256(path: Path) -> str:

@@ -22,6 +22,7 @@ from qkit.nn import QUANTIZED, QLayer, swap
 from qkit.nn.layer import stored_name
 from qkit.numerics import dequantize
 from qkit.packing import from_tensors, tensor_specs
+from qkit.spec import Scheme
 from qkit.targets.artifact import (
     ARCHITECTURE,
     META,
@@ -64,6 +65,7 @@ def write_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
             "shape": list(layer.weight_size),
             "dtype": str(layer.weight_dtype).removeprefix("torch."),
             "spec": layer.spec.to_json(),
+            "input": layer.acts and layer.acts.to_json(),
         }
         for name, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, QLayer)
@@ -197,7 +199,11 @@ def _fill(model: nn.Module, artifact: Artifact, tensors: dict[str, Tensor]) -> n
         stored_tensors(name, facts, tensors)
         if type(old) is kind:
             if id(old) not in made:  # one module at several paths stays one module
-                made[id(old)] = layer(cast(Any, old), facts.spec)
+                if lacks := layer.lacks(Scheme(facts.spec, facts.acts)):
+                    raise InputError(
+                        f"{facts.kind} {lacks}", where=str(artifact.path / META), got=name
+                    )
+                made[id(old)] = layer(cast(Any, old), facts.spec, facts.acts)
             replacements[name] = made[id(old)]
         else:
             # A bare state dict does not tell its layers' classes: what has no quantized form is
@@ -263,7 +269,7 @@ def stored_tensors(
     Raises :class:`~qkit.errors.InputError` if one is missing or has another shape or dtype.
     """
     stored = {}
-    for key, want in tensor_specs(facts.shape, facts.spec).items():
+    for key, want in tensor_specs(facts.shape, facts.spec, facts.acts).items():
         full = f"{name}.{key}" if name else key
         have = tensors.get(full)
         if have is None or (tuple(have.shape), have.dtype) != (want.shape, want.dtype):

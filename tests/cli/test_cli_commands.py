@@ -111,8 +111,7 @@ def test_schemes(main):
     assert [row["name"] for row in data["schemes"]] == list(PRESETS)
     for row in data["schemes"]:
         assert Scheme.from_json(row["scheme"]) == parse(row["name"])
-        integers = row["name"].startswith("w") and parse(row["name"]).input is None
-        assert bool(row["targets"]) == (integers or row["name"] in ("fp16", "bf16"))
+        assert bool(row["targets"]) == (not row["name"].startswith(("fp8", "mxfp")))
     text = main("schemes").out
     for name, meaning in PRESETS.items():
         assert name in text
@@ -131,7 +130,8 @@ def test_targets(main):
     data = strict(main("targets", "--json"))
     assert [row["name"] for row in data["targets"]] == list(TARGETS)
     assert "w8a16" in data["targets"][0]["schemes"]
-    assert "w8a8" not in data["targets"][0]["schemes"]
+    assert {"w8a8", "w8a8-static", "w4a8-g128", "nf4-g64"} <= set(data["targets"][0]["schemes"])
+    assert not any(name.startswith(("fp8", "mxfp")) for name in data["targets"][0]["schemes"])
     assert "torch" in main("targets").out
 
 

@@ -81,7 +81,7 @@ def test_6_a_budget_was_missed(models, tmp_path):
 
 
 def test_7_the_target_cannot(models, tmp_path):
-    done = qkit("quantize", models / "net.pt", "-q", "--scheme", "w8a8", cwd=tmp_path)
+    done = qkit("quantize", models / "net.pt", "-q", "--scheme", "fp8-channel", cwd=tmp_path)
     assert done.code == 7
     assert "w8a16" in done.error
     assert names(tmp_path) == []
@@ -127,7 +127,10 @@ def test_7_an_optional_dependency_is_missing(tmp_path):
         (5, "at least 100.0%", ["net.pt", "--min-coverage", "1"]),
         (6, "at least 60 dB", ["net.pt", "--min-sqnr", "60"]),
         (6, "at least 60 dB", ["state.pt", "--min-sqnr", "60"]),
-        (7, "quantized activations", ["net.pt", "--scheme", "int8-static"]),
+        (2, "learnt from data.*--calib", ["net.pt", "--scheme", "int8-static"]),
+        (7, "fp8-e4m3 weights", ["net.pt", "--scheme", "fp8-channel"]),
+        (7, "fp4-e2m1 weights", ["net.pt", "--scheme", "mxfp4"]),
+        (7, "whole model in fp8", ["net.pt", "--scheme", "fp8"]),
     ],
 )  # fmt: skip
 def test_other_causes(code, message, args, models, main, monkeypatch, tmp_path):

@@ -19,6 +19,7 @@ from torch import nn
 
 import qkit
 from qkit.errors import InputError, QkitError, VerificationError
+from qkit.spec import parse
 from qkit.targets.artifact import CHECK, META, PROGRAM, WEIGHTS, read_artifact, write_meta
 
 CODES = (3, 4)
@@ -299,6 +300,8 @@ def test_a_file_that_the_table_does_not_vouch_for(name, make):
         qkit.verify(folder)
 
 
+DYNAMIC, STATIC = parse("w8a8").input.to_json(), parse("w8a8-static").input.to_json()
+INT8 = DYNAMIC["format"]
 LAYER = {
     "unknown class": {"class": "QEvil"},
     "class of torch": {"class": "Linear"},
@@ -309,7 +312,7 @@ LAYER = {
     "unsigned": {"spec": {"format": {"signed": False}}},
     "unknown granularity": {"spec": {"granularity": {"type": "planet"}}},
     "other axis": {"spec": {"granularity": {"axis": 0}}},
-    "per token": {"spec": {"granularity": {"type": "token", "size": None, "axis": None}}},
+    "per token": {"spec": {"granularity": {"type": "token"}}},
     "no group": {"spec": {"granularity": {"size": 0}}},
     "huge group": {"spec": {"granularity": {"size": 1 << 60}}},
     "symmetric": {"spec": {"symmetric": True}},
@@ -324,13 +327,55 @@ LAYER = {
     "huge": {"shape": [1 << 40, 1 << 40]},
     "text": {"shape": "9x12"},
     "unknown field": {"more": 1},
+    "no input": {"input": None},
+    "input of nothing": {"input": {}},
+    "input in words": {"input": "w8a8"},
+    "input of one bit": {"input": DYNAMIC | {"format": INT8 | {"bits": 1}}},
+    "input of nine bits": {"input": DYNAMIC | {"format": INT8 | {"bits": 9}}},
+    "unsigned input": {"input": DYNAMIC | {"format": INT8 | {"signed": False}}},
+    "input of floats": {"input": parse("fp8-channel").weight.to_json()},
+    "input of a codebook": {"input": parse("nf4").weight.to_json()},
+    "full symmetric input": {"input": DYNAMIC | {"format": INT8 | {"narrow": False}}},
+    "narrow affine input": {"input": DYNAMIC | {"symmetric": False}},
+    "input by channel": {"input": DYNAMIC | {"granularity": {"type": "channel", "axis": 0}}},
+    "dynamic input by tensor": {"input": DYNAMIC | {"granularity": {"type": "tensor"}}},
+    "static input by token": {"input": STATIC | {"granularity": {"type": "token"}}},
+    "static input without its scale": {"input": STATIC},
+    "input of another time": {"input": DYNAMIC | {"when": "weight"}},
+    "input with another scale": {"input": DYNAMIC | {"scale": "bf16"}},
+    "codebook with an input": {"spec": parse("nf4-g4").weight.to_json(), "input": DYNAMIC},
 }
 
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """``old`` with the fields of ``new``; None removes one."""
-    both = old | {k: merge(old[k], v) if isinstance(v, dict) else v for k, v in new.items()}
-    return {k: v for k, v in both.items() if v is not None}
+
+    def change(key: str, value: Any) -> Any:
+        was = old.get(key)
+        both = isinstance(value, dict) and isinstance(was, dict)
+        same = both and value.get("type", was.get("type")) == was.get("type")
+        return merge(was, value) if same else value
+
+    changed = {key: change(key, value) for key, value in new.items() if value is not None}
+    return {key: value for key, value in old.items() if key not in new} | changed
+
+
+def test_a_merge_without_changes_is_accepted(make):
+    """What refuses the layers above is their change."""
+    folder = make()
+    meta = read_artifact(folder).meta
+    sign(folder, meta | {"layers": meta["layers"] | {"0": merge(meta["layers"]["0"], {})}})
+    use(folder)
+
+
+def test_an_input_that_could_be_does_not_reproduce_the_outputs(make):
+    """A dynamic range needs no tensor: the layer can be built, and verification finds it out."""
+    folder = make()
+    meta = read_artifact(folder).meta
+    change = {"input": DYNAMIC | {"format": INT8 | {"bits": 4}}}
+    sign(folder, meta | {"layers": meta["layers"] | {"0": merge(meta["layers"]["0"], change)}})
+    with pytest.raises(VerificationError, match="does not reproduce"):
+        qkit.verify(folder, model=f"{__name__}:Small")
 
 
 @pytest.mark.parametrize("change", LAYER.values(), ids=LAYER)

@@ -88,6 +88,16 @@ int64_t run(const Check* checks, const char* isa, uint64_t seed, int64_t cases) 
     return Case::failures - failures;
 }
 
+// A line for each function.
+void report(const Check* checks, const char* isa, uint64_t seed, int64_t cases) {
+    for (; checks->function; ++checks) {
+        const Check one[] = {*checks, {nullptr, nullptr}};
+        int64_t failed = run(one, isa, seed, cases);
+        printf("%s %s: %lld cases, %lld failed\n", checks->function, isa, (long long)cases,
+               (long long)failed);
+    }
+}
+
 // Several callers at once, each with all functions, and each using several threads.
 void run_at_once(const char* isa, uint64_t seed, int64_t cases) {
     std::vector<std::thread> callers;
@@ -142,29 +152,21 @@ int main(int count, char** arguments) {
             continue;
         }
         isas.push_back(isa);
-        for (const Check* check = array_checks; check->function; ++check) {
-            const Check one[] = {*check, {nullptr, nullptr}};
-            int64_t failed = run(one, isa, seed, cases);
-            printf("%s %s: %lld cases, %lld failed\n", check->function, isa, (long long)cases,
-                   (long long)failed);
-        }
+        for (const Check* list : {array_checks, choice_checks})
+            report(list, isa, seed, cases);
         int64_t each = cases / 8 + 1, failures = Case::failures;
         run_at_once(isa, seed, each);
         printf("4 callers %s: %lld cases each, %lld failed\n", isa, (long long)each,
                (long long)(Case::failures - failures));
     }
-    for (const Check* check = entropy_checks; check->function; ++check) {
-        const Check one[] = {*check, {nullptr, nullptr}};
-        int64_t failed = run(one, "all", seed, cases);
-        printf("%s all: %lld cases, %lld failed\n", check->function, (long long)cases,
-               (long long)failed);
-    }
+    report(entropy_checks, "all", seed, cases);
     int64_t more = 0;
     for (; Clock::now() - start < std::chrono::seconds(seconds); ++more) {
         uint64_t next = seed + (uint64_t)(cases + more);
         for (const char* isa : isas) {
             qkit_use(isa);
             run(array_checks, isa, next, 1);
+            run(choice_checks, isa, next, 1);
         }
         run(entropy_checks, "all", next, 1);
     }

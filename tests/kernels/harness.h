@@ -88,7 +88,7 @@ class Case {
     Random random;
     const char *function, *isa;
     uint64_t seed;
-    char what[200] = "";
+    char what[300] = "";
     bool failed = false;
 
     inline static std::atomic<int64_t> failures{0};
@@ -176,8 +176,9 @@ class Buffer {
 };
 
 // A function of the C interface, and a check of one random case of it. A list ends with a null.
+// While the checks of the choice run, nothing else may: they change it and put it back.
 struct Check {
     const char* function;
     void (*run)(Case&);
 };
-extern const Check array_checks[], entropy_checks[];
+extern const Check array_checks[], choice_checks[], entropy_checks[];

@@ -1,11 +1,17 @@
 """The kernels of the linear layer, on every instruction set of this machine.
 
-The tolerance is derived: a weight (code - zero) * scale is rounded once, and the K products are
-summed by fused steps in L >= 4 lanes, which are then added up in pairs. So, for fp32,
+The tolerances are those of kernels/qkit.h, with u = 2^-24. By floats: a weight (code - zero) *
+scale is rounded once, and the K products are summed by fused steps in L >= 4 lanes, which are then
+added up in pairs. So, for fp32,
 
-    |error| <= (K / 4 + 8) * 2^-24 * (sum|x||w| + |bias|)
+    |error| <= (K / 4 + 8) u (sum|x||w| + |bias|)
 
-and K instead of K / 4 where torch multiplies (many rows), in whatever order it sums.
+By integers (INTEGERS): x is rounded to 23 bits below the greatest of its 512 columns, the products
+are exact, and floats enter only where a piece (what a group and a block of 512 columns have in
+common) ends:
+
+    |error| <= 2^-22.9 sum|w| max|x| of the block
+               + (pieces + 4) u (sum|x| (|code| + |zero|) |scale| + |bias|)
 """
 
 from __future__ import annotations
@@ -14,14 +20,16 @@ import ctypes
 import mmap
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from machine import ISAS
 from numpy.typing import NDArray
 
 from qkit import native, ops
-from qkit.numerics import choose_qparams, dequantize, quantize
+from qkit.numerics import QParams, QTensor, choose_qparams, dequantize, quantize
 from qkit.ops import native as kernels
 from qkit.ops import reference
 from qkit.packing import to_tensors
@@ -42,10 +50,13 @@ SCHEMES = [
 ]
 FEW = ["w8a16", "w8a16-g32-asym", "w4a16-g32", "w4a16-g5-asym", "w3a16-g8", "w4a16-tensor"]
 # Around every width of a vector, of a tile, and a word that is not full.
+# The instruction sets where exact activations go by integers.
+INTEGERS = ("avx512vnni",)
+BLOCK = 512
 COLUMNS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 33, 63, 65, 129, 511, 512, 513, 1030]
 
 
-@pytest.fixture(params=native.ISAS)
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     assert LIBRARY is not None
     before = native.isa()
@@ -59,8 +70,16 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def stored(scheme: str, rows: int, columns: int, scale=None):
-    """The exact float weight, and the operators' (weight, scale, zero point), (bits, group)."""
+class Case(NamedTuple):
+    """A stored weight: its exact values, their (|code| + |zero|) |scale|, and how it is stored."""
+
+    exact: torch.Tensor
+    size: torch.Tensor
+    weight: tuple  # weight, scale, zero point
+    how: tuple[int, int]  # bits, group
+
+
+def stored(scheme: str, rows: int, columns: int, scale=None) -> Case:
     spec = parse(scheme).weight
     spec = spec if scale is None else replace(spec, scale=scale)
     matrix = randn(rows, columns, seed=1)
@@ -69,20 +88,39 @@ def stored(scheme: str, rows: int, columns: int, scale=None):
     weight = tensors["weight" if spec.format.bits == 8 else "weight_packed"]
     group = spec.granularity.size if isinstance(spec.granularity, PerGroup) else 0
     parameters = weight, tensors["weight_scale"], tensors.get("weight_zero_point")
-    return dequantize(q, torch.float64), parameters, (spec.format.bits, group)
+    zero = q.qparams.zero_point
+    minus = QParams(q.qparams.scale.abs(), None if zero is None else -zero.to(torch.int16).abs())
+    size = dequantize(QTensor(q.codes.to(torch.int16).abs(), minus, spec), torch.float64)
+    return Case(dequantize(q, torch.float64), size, parameters, (spec.format.bits, group))
 
 
-def check(x: torch.Tensor, case, bias: torch.Tensor | None = None) -> torch.Tensor:
+def bound(isa: str, x: torch.Tensor, case: Case, bias: torch.Tensor | None) -> torch.Tensor:
+    """The bound at the top of this file, for ``x`` [rows, columns] in fp64."""
+    columns, added = x.shape[1], 0 if bias is None else bias.double().abs()
+    if isa not in INTEGERS:
+        return (columns / 4 + 8) * 2.0**-24 * (x.abs() @ case.exact.abs().t() + added)
+    group = case.how[1] or columns
+    pieces = len({*range(0, columns, BLOCK), *range(0, columns, group)})
+    rounding = sum(
+        2.0**-22.9
+        * x[:, k : k + BLOCK].abs().amax(1, keepdim=True)
+        * case.exact[:, k : k + BLOCK].abs().sum(1)
+        for k in range(0, columns, BLOCK)
+    )
+    return rounding + (pieces + 4) * 2.0**-24 * (x.abs() @ case.size.t() + added)
+
+
+def check(
+    x: torch.Tensor, case: Case, isa: str | None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """The kernels' result, which is within the bound at the top of this file."""
-    exact, weight, how = case
-    got = kernels.linear(x, *weight, bias, *how)
+    got = kernels.linear(x, *case.weight, bias, *case.how)
     assert got is not None, "the reference would have run"
-    assert (got.dtype, got.shape) == (x.dtype, (*x.shape[:-1], exact.shape[0]))
+    assert (got.dtype, got.shape) == (x.dtype, (*x.shape[:-1], case.exact.shape[0]))
+    assert isa is not None
     wide = x.double().reshape(-1, x.shape[-1])
-    want, size = wide @ exact.t(), wide.abs() @ exact.abs().t()
-    if bias is not None:
-        want, size = want + bias.double(), size + bias.double().abs()
-    inside = 1.01 * (x.shape[-1] / 4 + 8) * 2.0**-24 * size
+    want = wide @ case.exact.t() + (0 if bias is None else bias.double())
+    inside = 1.01 * bound(isa, wide, case, bias) if len(wide) else want
     info = torch.finfo(x.dtype)
     outside = 0 if x.dtype == torch.float32 else info.eps / 2 * (want.abs() + inside) + info.tiny
     error = (got.double().reshape(want.shape) - want).abs()
@@ -96,22 +134,22 @@ def test_every_scheme(scheme, isa):
     for columns in (96, 300):
         case = stored(scheme, 13, columns)
         for rows in (1, 5):
-            check(randn(rows, columns), case, bias)
+            check(randn(rows, columns), case, isa, bias)
 
 
 @pytest.mark.parametrize("scheme", FEW)
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_every_number_of_columns(columns, scheme, isa):
-    check(randn(3, columns), stored(scheme, 7, columns))
+    check(randn(3, columns), stored(scheme, 7, columns), isa)
 
 
 @pytest.mark.parametrize("scheme", ["w8a16-g32-asym", "w4a16-g32"])
 def test_every_number_of_rows_and_outputs(scheme, isa):
     for outputs in (*range(1, 14), 25):
-        check(randn(2, 40), stored(scheme, outputs, 40), randn(outputs, seed=2))
+        check(randn(2, 40), stored(scheme, outputs, 40), isa, randn(outputs, seed=2))
     case = stored(scheme, 7, 40)
     for rows in (*range(10), 63, 64, 65, 130, 192, 300):
-        check(randn(rows, 40), case, randn(7, seed=2))
+        check(randn(rows, 40), case, isa, randn(7, seed=2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -120,12 +158,12 @@ def test_every_number_of_rows_and_outputs(scheme, isa):
 def test_dtypes_of_inputs_and_scales(scheme, scale, dtype, isa):
     case = stored(scheme, 9, 70, scale)
     for shape in ((70,), (2, 70), (2, 0, 70), (2, 3, 70)):
-        check(randn(*shape).to(dtype), case, randn(9, seed=2).to(dtype))
+        check(randn(*shape).to(dtype), case, isa, randn(9, seed=2).to(dtype))
 
 
 @pytest.mark.parametrize("scheme", FEW)
 def test_a_row_depends_neither_on_the_others_nor_on_the_threads(scheme, isa):
-    _, weight, how = stored(scheme, 101, 1030)
+    _, _, weight, how = stored(scheme, 101, 1030)
     x, threads = randn(300, 1030), torch.get_num_threads()
     want = kernels.linear(x, *weight, None, *how)
     try:
@@ -141,7 +179,7 @@ def test_a_row_depends_neither_on_the_others_nor_on_the_threads(scheme, isa):
 @pytest.mark.parametrize("scheme", FEW)
 @pytest.mark.parametrize("columns", [1, 7, 33, 600])
 def test_dequantize_has_the_bits_of_the_reference(columns, scheme, isa):
-    _, weight, how = stored(scheme, 9, columns)
+    _, _, weight, how = stored(scheme, 9, columns)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         got = kernels.dequantize(*weight, *how, columns, dtype)
         assert got is not None
@@ -150,7 +188,7 @@ def test_dequantize_has_the_bits_of_the_reference(columns, scheme, isa):
 
 
 def test_infinite_inputs_stay_in_their_row(isa):
-    _, weight, how = stored("w4a16-g32", 9, 70)
+    _, _, weight, how = stored("w4a16-g32", 9, 70)
     x = randn(6, 70)
     want = kernels.linear(x, *weight, None, *how)
     x[2, 69], x[4, 3] = torch.inf, torch.nan
@@ -175,6 +213,15 @@ def guarded(array: NDArray) -> NDArray:
     return copy
 
 
+# Every kind of activations (what they give is tested in test_ops_integer.py).
+ACTS = [
+    native.Acts(kernels.EXACT, 0, 0, 0.0, 0),
+    native.Acts(kernels.SYMMETRIC, -127, 127, 0.0, 0),
+    native.Acts(kernels.AFFINE, -128, 127, 0.0, 0),
+    native.Acts(kernels.STATIC, -128, 127, 0.03, -5),
+]
+
+
 @pytest.mark.parametrize("columns", [1, 5, 9, 16, 23, 31, 40, 519])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_nothing_outside_the_buffers_is_touched(bits, columns, isa):
@@ -191,27 +238,34 @@ def test_nothing_outside_the_buffers_is_touched(bits, columns, isa):
         zero = guarded(rng.integers(-3, 3, (n, blocks)).astype(np.int8))
         x = guarded(rng.normal(size=(rows, columns)).astype(np.float32))
         bias, out = guarded(np.ones(n, np.float32)), guarded(np.zeros((rows, n), np.float32))
-        scratch = guarded(np.zeros(LIBRARY.qkit_linear_scratch(rows, columns), np.float32))
         weight = guarded(np.zeros((n, columns), np.float32))
-        form = n, columns, stride, bits, block, scale.ctypes.data, zero.ctypes.data, 0
-        LIBRARY.qkit_decode(stream.ctypes.data, *form, weight.ctypes.data, 2)
+        pointers = scale.ctypes.data, zero.ctypes.data, None, bias.ctypes.data
+        form = native.Weight(stream.ctypes.data, n, columns, stride, block, bits, 0, *pointers)
+        at, index = ctypes.addressof(form), guarded(np.array([n - 1, 0, 3], np.int64))
+        assert LIBRARY.qkit_decode(at, None, n, 0, weight.ctypes.data, 2) == 0
         shift = np.repeat(zero, block, 1)[:, :columns].astype(int)
         per_value = np.repeat(scale, block, 1)[:, :columns]
         np.testing.assert_array_equal(weight, (codes - shift).astype(np.float32) * per_value)
-        LIBRARY.qkit_linear(
-            x.ctypes.data, rows, stream.ctypes.data, *form,
-            bias.ctypes.data, out.ctypes.data, scratch.ctypes.data, 2,
-        )  # fmt: skip
-        wide, size = weight.astype(float), np.abs(x).astype(float) @ np.abs(weight).T + 1
-        error = np.abs(out - (x.astype(float) @ wide.T + 1))
-        assert (error <= 1.01 * (columns / 4 + 8) * 2.0**-24 * size).all()
+        some = guarded(np.zeros((3, columns), np.float32))
+        assert LIBRARY.qkit_decode(at, index.ctypes.data, 3, 0, some.ctypes.data, 2) == 0
+        np.testing.assert_array_equal(some, weight[index])
+        for acts in ACTS:
+            arguments = ctypes.addressof(acts), x.ctypes.data, 0, rows, out.ctypes.data, 2
+            assert LIBRARY.qkit_linear(at, *arguments) == 0
+            if acts.kind == kernels.EXACT:
+                exact = torch.from_numpy(weight.astype(float))
+                size = (np.abs(codes) + np.abs(shift)) * per_value.astype(float)
+                case = Case(exact, torch.from_numpy(size), (), (bits, block))
+                wide, ones = torch.from_numpy(x.astype(float)), torch.ones(n)
+                error = (torch.from_numpy(out) - (wide @ exact.t() + 1)).abs()
+                assert (error <= 1.01 * bound(isa, wide, case, ones)).all()
 
 
 # ---------------------------------------------------------------- who runs
 
 
 def test_what_ran_is_counted():
-    _, weight, how = stored("w4a16-g32", 9, 70)
+    _, _, weight, how = stored("w4a16-g32", 9, 70)
     with ops.count_calls() as calls:
         ops.linear(randn(2, 70), *weight, None, *how)
         ops.linear(randn(2, 70).bfloat16(), *weight, None, *how)
@@ -227,7 +281,7 @@ def test_what_ran_is_counted():
 
 
 def test_what_the_kernels_do_not_read_is_left_to_the_reference():
-    _, (weight, scale, zero), (bits, group) = stored("w4a16-g32-asym", 9, 70)
+    _, _, (weight, scale, zero), (bits, group) = stored("w4a16-g32-asym", 9, 70)
     x, bias = randn(2, 70), randn(9)
     good = (x, weight, scale, zero, bias, bits, group)
     assert kernels.linear(*good) is not None
@@ -255,7 +309,7 @@ def test_what_the_kernels_do_not_read_is_left_to_the_reference():
 
 
 def test_without_kernels_the_reference_runs(monkeypatch):
-    _, weight, how = stored("w4a16-g32", 9, 70)
+    _, _, weight, how = stored("w4a16-g32", 9, 70)
     want = ops.linear(randn(2, 70), *weight, None, *how)
     monkeypatch.setattr(native, "library", lambda: None)
     with ops.count_calls() as calls:
@@ -265,8 +319,9 @@ def test_without_kernels_the_reference_runs(monkeypatch):
 
 
 def test_weights_that_are_not_contiguous():
-    exact, (weight, scale, zero), how = stored("w4a16-g32-asym", 9, 70)
+    case = stored("w4a16-g32-asym", 9, 70)
+    weight, scale, zero = case.weight
     wide = torch.stack([weight, weight], 2)[..., 0]
-    case = exact, (wide, scale.t().contiguous().t(), zero.t().contiguous().t()), how
-    got = check(randn(70, 4).t(), case)
-    assert torch.equal(got, check(randn(70, 4).t(), (exact, (weight, scale, zero), how)))
+    apart = case._replace(weight=(wide, scale.t().contiguous().t(), zero.t().contiguous().t()))
+    got = check(randn(70, 4).t(), apart, native.isa())
+    assert torch.equal(got, check(randn(70, 4).t(), case, native.isa()))

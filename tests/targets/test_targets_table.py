@@ -4,42 +4,45 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from qkit.errors import RequestError, UsageError
-from qkit.spec import PRESETS, parse
+from qkit.spec import PRESETS, Codebook, PerChannel, QSpec, Scheme, parse
 from qkit.targets import TARGETS, check, targets_of
 
-NARROW = [name for name in PRESETS if name not in ("fp16", "bf16") and name[0] != "w"]
-EXPRESSED = [
-    name
-    for name in PRESETS
-    if name not in NARROW and (parse(name).weight_only or parse(name).is_cast)
-]
-QUANTIZED_ACTIVATIONS = [name for name in PRESETS if name not in EXPRESSED + NARROW]
+# Floats of 8 bits and less.
+REFUSED = [name for name in PRESETS if name.startswith(("fp8", "mxfp"))]
+EXPRESSED = [name for name in PRESETS if name not in REFUSED]
 
 
 def test_the_lists_are_what_they_say():
     assert {"w8a16", "w4a16-g128", "w2a16-g128", "fp16", "bf16"} <= set(EXPRESSED)
-    assert {"w8a8", "w8a8-static", "w4a8-g128"} == set(QUANTIZED_ACTIVATIONS)
+    assert {"w8a8", "w8a8-static", "w4a8-g128", "nf4-g64"} <= set(EXPRESSED)
+    assert {"fp8-e4m3", "fp8-e4m3-channel", "mxfp4-e2m1", "mxfp8-e4m3"} <= set(REFUSED)
 
 
 @pytest.mark.parametrize(
-    "scheme", [*EXPRESSED, "w1a16-asym", "w7a16-tensor", "w3a16-g5-asym", "int4wo"]
+    "scheme",
+    [
+        *EXPRESSED,
+        *("w1a16-asym", "w7a16-tensor", "w3a16-g5-asym", "int4wo"),
+        *("int8", "w4a4", "w8a8-asym", "w3a8-tensor", "w4a8-g32-static"),
+        *("nf4-g32", "nf4-channel"),
+    ],
 )
-def test_torch_takes_weight_only_schemes_and_casts(scheme):
+def test_torch_takes_integers_codebooks_and_casts(scheme):
     check("torch", parse(scheme))
     assert "torch" in targets_of(parse(scheme))
 
 
-@pytest.mark.parametrize("scheme", [*QUANTIZED_ACTIVATIONS, "int8", "w4a4"])
-def test_torch_refuses_quantized_activations(scheme):
+def test_torch_takes_any_codebook_with_exact_activations():
+    book = QSpec(Codebook("learnt", (-1.0, 0.25, 2.0)), PerChannel(0))
+    check("torch", Scheme(book))
     with pytest.raises(RequestError) as caught:
-        check("torch", parse(scheme))
+        check("torch", Scheme(book, parse("w8a8").input))
     assert caught.value.exit_code == 7
-    assert parse(scheme).name in str(caught.value)
-    assert "torch" not in targets_of(parse(scheme))
 
 
 @pytest.mark.parametrize(
@@ -48,39 +51,30 @@ def test_torch_refuses_quantized_activations(scheme):
         ("fp8", "cannot run a whole model in fp8-e4m3"),
         ("fp8-e5m2", "cannot run a whole model in fp8-e5m2"),
         ("fp8-channel", "no layers with fp8-e4m3 weights"),
-        ("nf4", "no layers with nf4 weights"),
         ("mxfp4", "no layers with fp4-e2m1 weights"),
+        ("mxfp8", "no layers with fp8-e4m3 weights"),
     ],
 )
-def test_torch_refuses_narrow_floats_and_codebooks(scheme, message):
+def test_torch_refuses_narrow_floats(scheme, message):
     with pytest.raises(RequestError, match=message) as caught:
         check("torch", parse(scheme))
     assert caught.value.exit_code == 7
+    assert parse(scheme).name in str(caught.value)
     assert targets_of(parse(scheme)) == []
     instead = parse(caught.value.fix.partition("--scheme ")[2].split()[0])
     check("torch", instead)
     assert instead.weight.format.bits == parse(scheme).weight.format.bits
 
 
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        "w8a8",
-        "w8a8-static",
-        "w4a8",
-        "w4a8-g32",
-        "w8a8-g128",
-        "w4a8-channel",
-        "w8a8-asym",
-        "w3a8-tensor",
-    ],
-)
-def test_the_refusal_names_a_scheme_with_the_same_weights(scheme):
-    with pytest.raises(RequestError) as caught:
-        check("torch", parse(scheme))
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "w4a8-g32"])
+def test_quantized_outputs_are_refused_and_the_same_layer_without_them_is_named(scheme):
+    wanted = parse(scheme)
+    with pytest.raises(RequestError, match="quantized outputs") as caught:
+        check("torch", replace(wanted, output=wanted.input))
+    assert caught.value.exit_code == 7
     instead = caught.value.fix.partition("--scheme ")[2].split()[0]
     check("torch", parse(instead))
-    assert parse(instead).weight == parse(scheme).weight
+    assert parse(instead) == wanted
 
 
 @pytest.mark.parametrize("name", ["torhc", "pytorch", "TORCH", "", "nonsense"])
