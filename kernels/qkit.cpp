@@ -3,6 +3,9 @@
 
 #include <atomic>
 #include <cstring>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -92,7 +95,15 @@ QKIT_API const char* qkit_use(const char* isa) {
     return nullptr;
 }
 
-QKIT_API void qkit_set_pool(qkit_pool run) { pool.store(run, std::memory_order_release); }
+QKIT_API void qkit_set_pool(qkit_pool run) {
+#if defined(__unix__) || defined(__APPLE__)
+    // A forked process has the pool's memory but none of its threads: work must not wait for them.
+    static const int once = pthread_atfork(
+        nullptr, nullptr, [] { pool.store(nullptr, std::memory_order_release); });
+    (void)once;
+#endif
+    pool.store(run, std::memory_order_release);
+}
 
 QKIT_API void qkit_range(const float* x, int64_t rows, int64_t columns, int64_t block, float* lo,
                          float* hi, int32_t threads) {

@@ -275,3 +275,23 @@ assert torch.equal(unpack(packed, 3, 33), codes)
 print(packed.sum().item())
 """
     assert run(code, QKIT_ISA="none") == run(code) == run(code, QKIT_ISA="scalar")
+
+
+def test_a_forked_process_does_not_wait_for_threads_that_it_lacks():
+    """torch's pool does not survive a fork; a call in the child must still end, and be right."""
+    if not hasattr(os, "fork"):
+        pytest.skip("there is no fork here")
+    code = """
+import os, warnings, torch
+from qkit.packing import pack, unpack
+torch.set_num_threads(2)
+codes = torch.randint(0, 8, (4096, 512), dtype=torch.uint8)
+packed = pack(codes, 3)
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads and fork
+child = os.fork()
+if child == 0:
+    same = torch.equal(unpack(packed, 3, 512, signed=False)[:1], codes[:1])
+    os._exit(0 if same else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    assert run(code) == "0"

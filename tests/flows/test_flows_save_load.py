@@ -27,8 +27,8 @@ def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_comes_back_bit_for_bit(scheme, net, net_class, x, tmp_path, same_process):
-    calib = x if scheme.endswith("-static") else None
-    qmodel, report = qkit.quantize(net, scheme, inputs=x, calib=calib, latency=False)
+    data = {"calib" if scheme.endswith("-static") else "inputs": x}
+    qmodel, report = qkit.quantize(net, scheme, latency=False, **data)
     artifact = qkit.save(qmodel, tmp_path / "out", inputs=x, report=report)
     wanted = outputs(qmodel, x)
     check_files(artifact)

@@ -13,13 +13,14 @@ from oracle import unpack_oracle
 from qkit.errors import InputError
 from qkit.numerics import QTensor, choose_qparams, quantize
 from qkit.packing import Stored, from_tensors, tensor_specs, to_tensors
-from qkit.spec import BF16, FP16, Int, PerTensor, QSpec, parse
+from qkit.spec import BF16, FP16, Codebook, Int, PerTensor, QSpec, parse
 
 SCHEMES = [
     *(f"w{bits}a16-{kind}" for bits in range(2, 9) for kind in ("channel", "tensor", "g5")),
     *(f"w{bits}a16-{kind}-asym" for bits in range(1, 9) for kind in ("channel", "tensor", "g8")),
     "w4a16-g1",
     "w4a16-g1000",
+    *("nf4-channel", "nf4-g5"),
 ]
 SHAPES = {"2d": (5, 33), "4d": (4, 3, 3, 3), "1d": (6,), "empty": (0, 7)}
 
@@ -65,6 +66,28 @@ def test_names_are_those_of_compressed_tensors():
         "weight_scale",
         "weight_zero_point",
     }
+
+
+def test_a_codebook_is_stored_with_its_levels():
+    for entries, dtype in ((3, torch.int32), (200, torch.uint8)):
+        spec = QSpec(Codebook("some", tuple(range(-1, entries - 1))), PerTensor())
+        bits = spec.format.bits
+        tensors = to_tensors(example((5, 33), spec), (5, 33))
+        assert tensors["weight" if bits == 8 else "weight_packed"].dtype == dtype
+        filled = [*range(-1, entries - 1), *[0] * (2**bits - entries)]
+        assert tensors["weight_levels"].tolist() == filled
+        assert torch.equal(from_tensors(tensors, spec).codes, example((5, 33), spec).codes)
+
+
+def test_a_static_range_is_stored_and_a_dynamic_one_is_not():
+    weight, static = parse("w8a8-static").weight, parse("w8a8-static").input
+    assert static is not None
+    both = tensor_specs((4, 9), weight, static)
+    assert both["input_scale"] == Stored((1,), torch.float32)
+    assert both["input_zero_point"] == Stored((1,), torch.int8)
+    symmetric = replace(static, symmetric=True, format=Int(8, narrow=True))
+    assert "input_zero_point" not in tensor_specs((4, 9), weight, symmetric)
+    assert tensor_specs((4, 9), weight, parse("w8a8").input) == tensor_specs((4, 9), weight)
 
 
 @pytest.mark.parametrize("bits", range(2, 8))
