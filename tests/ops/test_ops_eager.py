@@ -198,7 +198,7 @@ def test_changes_in_place_are_seen(scheme, scale, dtype, through, direct):
         tensor = getattr(layer, name)
         target = tensor.data if through == "data" else tensor
         if name == "input_zero_point":
-            target.fill_(127)  # all that is positive is clipped; a smaller change may change nothing
+            target.fill_(127)  # clips all that is positive; less may change nothing
         else:
             target.copy_(tensor.flip(0) if tensor.dim() and tensor.shape[0] > 1 else tensor * 2)
         agrees(layer, x, direct)

@@ -1,22 +1,15 @@
 """Layers with integer activations or codebooks, and embeddings: reference, kernels, oracle.
 
-Integer activations. The codes of the activations are exact (the oracle's), and so are products of
-codes. By the kernels, each piece (what a group and a block of 512 columns have in common) is
-converted, scaled and added, twice with a zero point of the weight, and the pieces are summed in
-four chains; the sum of the weight's rows times the activations' zero point, found in the same way,
-is multiplied and added once; and so is the bias. With u = 2^-24, q and z the activations' codes and
-zero point, s their scale, each term meets at most
+Integer activations x' = q a, with a zero point z. The codes q are exact (the oracle's), and so are
+products of codes. The tolerance of the kernels is that of kernels/qkit.h: with u = 2^-24, and a
+piece for what a group and a block of 512 columns have in common,
 
-    3 (its own conversion, product, sum) + pieces / 4 + 3 (the chains and their joining)
-    + 4 (product with the scale of the row, which is rounded itself, and its sum; the bias)
+    |error| <= (pieces + 7) u (sum (|q| + |z|) a (|code| + |zero|) |scale| + |bias|)
 
-roundings, and therefore, with pieces >= 1,
-
-    |error| <= (pieces + 10) u (sum (|q| + |z|) s (|code| + |zero|) |scale| + |bias|)
-
+and pieces + 4 without z, and for each of 2 pieces + 4 products below 2^-126 up to 2^-150 more.
 The reference sums K products of rounded factors in any order, with u = 2^-53 for fp64:
 
-    |error| <= (K + 4) u (sum s |q - z| |w| + |bias|)
+    |error| <= (K + 4) u (sum a |q - z| |w| + |bias|)
 
 Narrower results are rounded once more.
 """
@@ -154,7 +147,8 @@ def check(way: str, x: torch.Tensor, case: Case, bias, acts) -> torch.Tensor:
         group = case.how[1] or columns
         pieces = len({*range(0, columns, BLOCK), *range(0, columns, group)})
         _, size = linear_oracle(most, case.size, added)
-        inside = 1.01 * (pieces + 10) * 2.0**-24 * size
+        inside = 1.01 * (pieces + (4 if acts[1] else 7)) * 2.0**-24 * size
+        inside = inside + (2 * pieces + 4) * 2.0**-150
     info = torch.finfo(x.dtype)
     narrow = x.dtype in (torch.bfloat16, torch.float16)
     outside = info.eps / 2 * (np.abs(want) + inside) + info.tiny if narrow else 0

@@ -6,12 +6,12 @@ added up in pairs. So, for fp32,
 
     |error| <= (K / 4 + 8) u (sum|x||w| + |bias|)
 
-By integers (INTEGERS): x is rounded to 23 bits below the greatest of its 512 columns, the products
-are exact, and floats enter only where a piece (what a group and a block of 512 columns have in
-common) ends:
+By integers (INTEGERS): x becomes x', 23 bits (15 of bf16) below the greatest of its 512 columns,
+the products are exact, and floats enter only where a piece (what a group and a block of 512
+columns have in common) ends. So, with d = 2^-22.9 (2^-14.9) max|x| of the block, where
+|x'| <= |x| + d,
 
-    |error| <= 2^-22.9 sum|w| max|x| of the block
-               + (pieces + 4) u (sum|x| (|code| + |zero|) |scale| + |bias|)
+    |error| <= sum d |w| + (pieces + 4) u (sum (|x| + d) (|code| + |zero|) |scale| + |bias|)
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ SCHEMES = [
     "w3a16-tensor",
     "w4a16-g1000",
 ]
-FEW = ["w8a16", "w8a16-g32-asym", "w4a16-g32", "w4a16-g5-asym", "w3a16-g8", "w4a16-tensor"]
-# Around every width of a vector, of a tile, and a word that is not full.
-# The instruction sets where exact activations go by integers.
+FEW = ["w8a16", "w8a16-g32-asym", "w4a16-g32", "w4a16-g5-asym", "w3a16-g8", "w3a16-tensor-asym"]
+# The instruction sets where exact activations go by integers, and columns that share a scale there.
 INTEGERS = ("avx512vnni",)
 BLOCK = 512
+# Around every width of a vector, of a tile, and a word that is not full.
 COLUMNS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 33, 63, 65, 129, 511, 512, 513, 1030]
 
 
@@ -94,20 +94,20 @@ def stored(scheme: str, rows: int, columns: int, scale=None) -> Case:
     return Case(dequantize(q, torch.float64), size, parameters, (spec.format.bits, group))
 
 
-def bound(isa: str, x: torch.Tensor, case: Case, bias: torch.Tensor | None) -> torch.Tensor:
-    """The bound at the top of this file, for ``x`` [rows, columns] in fp64."""
-    columns, added = x.shape[1], 0 if bias is None else bias.double().abs()
+def bound(isa: str, given: torch.Tensor, case: Case, bias: torch.Tensor | None) -> torch.Tensor:
+    """The bound at the top of this file, for inputs ``given`` [rows, columns]."""
+    x, columns = given.double(), given.shape[1]
+    added = 0 if bias is None else bias.double().abs()
     if isa not in INTEGERS:
         return (columns / 4 + 8) * 2.0**-24 * (x.abs() @ case.exact.abs().t() + added)
     group = case.how[1] or columns
     pieces = len({*range(0, columns, BLOCK), *range(0, columns, group)})
-    rounding = sum(
-        2.0**-22.9
-        * x[:, k : k + BLOCK].abs().amax(1, keepdim=True)
-        * case.exact[:, k : k + BLOCK].abs().sum(1)
-        for k in range(0, columns, BLOCK)
-    )
-    return rounding + (pieces + 4) * 2.0**-24 * (x.abs() @ case.size.t() + added)
+    most = torch.empty_like(x)
+    for k in range(0, columns, BLOCK):
+        most[:, k : k + BLOCK] = x[:, k : k + BLOCK].abs().amax(1, keepdim=True)
+    d = 2.0 ** (-14.9 if given.dtype == torch.bfloat16 else -22.9) * most
+    size = (x.abs() + d) @ case.size.t() + added
+    return d @ case.exact.abs().t() + (pieces + 4) * 2.0**-24 * size
 
 
 def check(
@@ -120,7 +120,7 @@ def check(
     assert isa is not None
     wide = x.double().reshape(-1, x.shape[-1])
     want = wide @ case.exact.t() + (0 if bias is None else bias.double())
-    inside = 1.01 * bound(isa, wide, case, bias) if len(wide) else want
+    inside = 1.01 * bound(isa, x.reshape(wide.shape), case, bias) if len(wide) else want
     info = torch.finfo(x.dtype)
     outside = 0 if x.dtype == torch.float32 else info.eps / 2 * (want.abs() + inside) + info.tiny
     error = (got.double().reshape(want.shape) - want).abs()
@@ -256,9 +256,9 @@ def test_nothing_outside_the_buffers_is_touched(bits, columns, isa):
                 exact = torch.from_numpy(weight.astype(float))
                 size = (np.abs(codes) + np.abs(shift)) * per_value.astype(float)
                 case = Case(exact, torch.from_numpy(size), (), (bits, block))
-                wide, ones = torch.from_numpy(x.astype(float)), torch.ones(n)
-                error = (torch.from_numpy(out) - (wide @ exact.t() + 1)).abs()
-                assert (error <= 1.01 * bound(isa, wide, case, ones)).all()
+                given, ones = torch.from_numpy(x), torch.ones(n)
+                error = (torch.from_numpy(out) - (given.double() @ exact.t() + 1)).abs()
+                assert (error <= 1.01 * bound(isa, given, case, ones)).all()
 
 
 # ---------------------------------------------------------------- who runs
