@@ -90,7 +90,8 @@ def _backward(dequantize: Callable[..., Tensor]) -> Callable[..., tuple[Tensor |
 def _inside(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     """Where a static range does not clip ``x``."""
     fmt = Int(bits, narrow=zero_point is None)
-    codes = (x.float() / scale).round() + (0 if zero_point is None else zero_point)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # as the forward pass
+    codes = (x.to(wide) / scale).round() + (0 if zero_point is None else zero_point)
     return (codes >= fmt.qmin) & (codes <= fmt.qmax)
 
 
