@@ -176,6 +176,7 @@ QKIT_API int32_t qkit_linear(const qkit_weight* weight, const qkit_acts* how, co
     float* shift = scratch.take<float>(all);
     float* wide = scratch.take<float>(most * w.columns);
     uint8_t* good = scratch.take<uint8_t>(most);
+    Floats alone(use, w, exact ? 1 : 0, n);  // for rows that have no digits, one after the other
     if (affine) d.shift = shift;
     for (int64_t r = 0; r < rows; r += chunk) {
         int64_t some = rows - r < chunk ? rows - r : chunk;
@@ -206,8 +207,7 @@ QKIT_API int32_t qkit_linear(const qkit_weight* weight, const qkit_acts* how, co
             // integer could only hide them.
             char* at = (char*)to.data + i * n * bytes_of(dtype);
             if (exact) {
-                Floats floats(use, w, 1, n);
-                floats.run(use, w, n, weight->bias, from + i * row_bytes, type, 1, at, threads);
+                alone.run(use, w, n, weight->bias, from + i * row_bytes, type, 1, at, threads);
             } else {
                 const float nan = __builtin_nanf("");
                 for (int64_t c = 0; c < n; ++c) use.narrow(&nan, type, 1, at + c * bytes_of(dtype));

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -325,3 +327,16 @@ def test_weights_that_are_not_contiguous():
     apart = case._replace(weight=(wide, scale.t().contiguous().t(), zero.t().contiguous().t()))
     got = check(randn(70, 4).t(), apart, native.isa())
     assert torch.equal(got, check(randn(70, 4).t(), case, native.isa()))
+
+
+def test_a_large_batch_that_is_nowhere_finite():
+    """Each such row takes scratch memory; in a process of its own, which too much would end."""
+    code = """
+import torch
+from qkit import ops
+codes = torch.ones(64, 1024, dtype=torch.int8)
+x = torch.full((2000, 1024), torch.nan)
+print(bool(ops.linear(x, codes, torch.ones(64, 1), None, None, 8, 0).isnan().all()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
