@@ -27,19 +27,32 @@ from torch import Tensor
 
 from qkit import native
 from qkit.flows.rate import DB_PER_BIT, default_schemes, entropy_bits, rate_point
-from qkit.numerics import choose_qparams, dequantize, quantize
+from qkit.numerics import QTensor, choose_qparams, dequantize, quantize, quantize_minmax
 from qkit.numerics.codebook import assign, fit_codebook, lookup
 from qkit.packing import entropy, pack, unpack
 from qkit.report import machine, measure, tensor_sqnr_db, versions
-from qkit.spec import PRESETS, parse
+from qkit.spec import PRESETS, QSpec, parse
 
 Contenders = dict[str, Callable[[], object]]
 SHAPES = [(4096, 4096), (11008, 4096)]
 CODEBOOK = "codebook-16"  # fitted to the whole tensor
+NEW = "qkit, new memory"
 
 
 def say(**record: Any) -> None:
     print(json.dumps(record), flush=True)
+
+
+def into(w: Tensor, spec: QSpec, q: QTensor) -> tuple[Contenders, Contenders]:
+    """qkit's quantize and dequantize into memory that is there, and into new memory."""
+    codes, values = torch.empty_like(q.codes), torch.empty_like(w)
+    return (
+        {
+            "qkit": lambda: quantize_minmax(w, spec, out=codes),
+            NEW: lambda: quantize_minmax(w, spec),
+        },
+        {"qkit": lambda: dequantize(q, out=values), NEW: lambda: dequantize(q)},
+    )
 
 
 def int8_per_channel(w: Tensor) -> dict[str, tuple[Contenders, int]]:
@@ -63,20 +76,21 @@ def int8_per_channel(w: Tensor) -> dict[str, tuple[Contenders, int]]:
         found = w.abs().amax(1) / 127
         return decomposed.quantize_per_channel(w, found, zero, 0, -127, 127, torch.int8)
 
+    quantizers, dequantizers = into(w, spec, q)
     moved = w.numel() * 5  # four bytes read and one written, or the other way round
     return {
         "int8 per-channel quantize": (
-            {
-                "qkit": lambda: quantize(w, choose_qparams(w, spec), spec),
+            quantizers
+            | {
                 "torch quantize_per_channel": by_torch,
                 "torch quantized_decomposed": by_decomposed,
                 "numpy": by_numpy,
             },
-            moved + w.numel() * 4,  # read twice: the range must be known before the first code
+            moved,
         ),
         "int8 per-channel dequantize": (
-            {
-                "qkit": lambda: dequantize(q),
+            dequantizers
+            | {
                 "torch dequantize": theirs.dequantize,
                 "torch quantized_decomposed": lambda: decomposed.dequantize_per_channel(
                     q.codes, scale, zero, 0, -127, 127, torch.int8
@@ -113,22 +127,27 @@ def int4_groups(w: Tensor) -> dict[str, tuple[Contenders, int]]:
         raw = packed.view(torch.uint8)
         return (torch.stack((raw & 15, raw >> 4), -1).flatten(-2).to(torch.int8)) - 8
 
-    quantizers: Contenders = {
-        "qkit": lambda: quantize(w, choose_qparams(w, spec), spec),
-        "torch tensor code": by_torch,
-        "numpy": by_numpy,
+    quantizers, dequantizers = into(w, spec, q)
+    words_out, codes_out = torch.empty_like(packed), torch.empty_like(q.codes)
+    packers: Contenders = {
+        "qkit": lambda: pack(q.codes, 4, out=words_out),
+        NEW: lambda: pack(q.codes, 4),
+        "numpy": numpy_pack,
     }
-    packers: Contenders = {"qkit": lambda: pack(q.codes, 4), "numpy": numpy_pack}
     unpackers: Contenders = {
-        "qkit": lambda: unpack(packed, 4, w.shape[1]),
+        "qkit": lambda: unpack(packed, 4, w.shape[1], out=codes_out),
+        NEW: lambda: unpack(packed, 4, w.shape[1]),
         "torch tensor code": torch_unpack,
         "numpy": lambda: np.stack((words & 15, words >> 4), -1).astype(np.int8) - 8,
     }
     return {
-        "int4 group-128 quantize": (quantizers, w.numel() * 9),
+        "int4 group-128 quantize": (
+            quantizers | {"torch tensor code": by_torch, "numpy": by_numpy},
+            w.numel() * 5,
+        ),
         "int4 group-128 dequantize": (
-            {
-                "qkit": lambda: dequantize(q),
+            dequantizers
+            | {
                 "numpy": lambda: codes.reshape(-1, 128).astype(np.float32) * column,
                 "torch tensor code": lambda: (
                     q.codes.reshape(-1, 128) * q.qparams.scale.reshape(-1, 1)

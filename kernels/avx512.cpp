@@ -22,11 +22,60 @@ namespace {
 
 inline uint64_t lanes_of(int bits) { return 0x0101010101010101ull * ((1u << bits) - 1); }
 
-#define LANES 32
+#define OWN_QUANTIZE
 #define ROUND(v) __builtin_nearbyintf(v)
 #define PACK8(eight, bits) _pext_u64(eight, lanes_of(bits))
 #define UNPACK8(packed, bits) _pdep_u64(packed, lanes_of(bits))
 #include "loops.inc"
+
+// By hand, because groups are so short that starting and ending counts.
+void range(const float* x, int64_t n, int64_t block, float* lo, float* hi) {
+    for (int64_t start = 0; start < n; start += block, ++lo, ++hi) {
+        int64_t stop = start + block < n ? start + block : n, i = start;
+        __m512 least = _mm512_setzero_ps(), greatest = least;
+        __mmask16 odd = 0;
+        for (; i < stop; i += 16) {
+            __mmask16 some = (__mmask16)(stop - i < 16 ? (1u << (stop - i)) - 1 : 0xffff);
+            __m512 v = _mm512_maskz_loadu_ps(some, x + i);
+            least = _mm512_min_ps(v, least);
+            greatest = _mm512_max_ps(v, greatest);
+            odd |= _mm512_fpclass_ps_mask(v, 0x99);  // NaN of either kind, infinity of either sign
+        }
+        // Both at once: the least value is the greatest of the negated ones.
+        least = _mm512_sub_ps(_mm512_setzero_ps(), least);
+        __m512 both = _mm512_max_ps(_mm512_shuffle_f32x4(least, greatest, 0x44),
+                                    _mm512_shuffle_f32x4(least, greatest, 0xee));
+        both = _mm512_max_ps(both, _mm512_shuffle_f32x4(both, both, 0xb1));
+        both = _mm512_max_ps(both, _mm512_permute_ps(both, 0x4e));
+        both = _mm512_max_ps(both, _mm512_permute_ps(both, 0xb1));
+        *lo = odd ? NAN : 0.0f - _mm512_cvtss_f32(both);
+        *hi = odd ? NAN : _mm512_cvtss_f32(_mm512_shuffle_f32x4(both, both, 0xaa));
+    }
+}
+
+void quantize(const float* x, int64_t n, int64_t block, const float* scale,
+                const int8_t* zero_point, int32_t qmin, int32_t qmax, int8_t* codes) {
+    __m512 least = _mm512_set1_ps((float)qmin), greatest = _mm512_set1_ps((float)qmax);
+    for (int64_t start = 0; start < n; start += block, ++scale) {
+        int64_t stop = start + block < n ? start + block : n, i = start;
+        __m512 s = _mm512_set1_ps(*scale);
+        __m512 z = _mm512_set1_ps(zero_point ? (float)*zero_point++ : 0.0f);
+        auto code = [&](__m512 v) {
+            v = _mm512_roundscale_ps(_mm512_div_ps(v, s), _MM_FROUND_TO_NEAREST_INT);
+            v = _mm512_min_ps(_mm512_max_ps(_mm512_add_ps(v, z), least), greatest);
+            return _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(v));
+        };
+        for (; i + 16 <= stop; i += 16) {
+            // Divisions leave time to fetch what comes next, also into the next page.
+            _mm_prefetch((const char*)(x + i + NEAR), _MM_HINT_T1);
+            _mm_storeu_si128((__m128i*)(codes + i), code(_mm512_loadu_ps(x + i)));
+        }
+        if (i < stop) {
+            __mmask16 some = (__mmask16)((1u << (stop - i)) - 1);
+            _mm_mask_storeu_epi8(codes + i, some, code(_mm512_maskz_loadu_ps(some, x + i)));
+        }
+    }
+}
 
 #define VW 16
 #define MR 4

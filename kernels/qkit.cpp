@@ -2,6 +2,7 @@
 #include "qkit.h"
 
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -70,6 +71,45 @@ Rows shape(int64_t rows, int64_t columns, int64_t block) {
     return {rows, columns, block, block > 0 ? (columns + block - 1) / block : 0};
 }
 
+// The least normal fp32 number that is at least x, which is not negative.
+float round_up(double x) {
+    float y = (float)x;
+    if ((double)y < x) {
+        uint32_t bits;
+        std::memcpy(&bits, &y, 4);
+        ++bits;
+        std::memcpy(&y, &bits, 4);
+    }
+    return y < 0x1p-126f ? 0x1p-126f : y;
+}
+
+// The scale (and zero point) of the range [lo, hi], by the rules and in the order of rounding of
+// qkit.numerics.affine; false where it overflows or is not finite.
+bool choose(double lo, double hi, int32_t qmin, int32_t qmax, float* scale, int8_t* zero_point) {
+    double below = -lo, exact, farthest;
+    double greater = below > hi ? below : hi, lesser = below > hi ? hi : below;
+    if (!std::isfinite(below) || !std::isfinite(hi)) return false;
+    if (zero_point) {
+        exact = (hi - lo) / (qmax - qmin);
+    } else if (qmin == -qmax) {
+        exact = greater / qmax;
+    } else {
+        double one = greater / -qmin, other = lesser / (qmax + 0.5);
+        exact = one > other ? one : other;
+    }
+    float s = round_up(exact);
+    if (zero_point) {
+        double zero = qmin - std::nearbyint(lo / (double)s);
+        zero = zero < qmin ? qmin : zero > qmax ? qmax : zero;
+        *zero_point = (int8_t)zero;
+        farthest = qmax - zero > zero - qmin ? qmax - zero : zero - qmin;
+    } else {
+        farthest = qmax > -qmin ? qmax : -qmin;
+    }
+    *scale = !zero_point && qmin != -qmax && hi > below ? -s : s;
+    return std::isfinite((float)((double)s * farthest));
+}
+
 }  // namespace
 
 std::atomic<qkit_pool> pool{nullptr};
@@ -126,6 +166,46 @@ QKIT_API void qkit_quantize(const float* x, int64_t rows, int64_t columns, int64
                              codes + r * m.columns);
     };
     parallel(m.rows, m.columns, threads, body, large(codes, rows * columns, threads));
+}
+
+QKIT_API int32_t qkit_quantize_minmax(const float* x, int64_t rows, int64_t columns, int64_t block,
+                                      int32_t qmin, int32_t qmax, float* scale, int8_t* zero_point,
+                                      int8_t* codes, int32_t threads) {
+    Rows m = shape(rows, columns, block);
+    if (m.blocks == 0) return 1;
+    if (m.blocks == 1) m.block = m.columns;
+    std::atomic<bool> good{true};
+    // A run of n values that blocks cut in pieces, the first of them number `at`.
+    auto run = [&](const float* from, int64_t n, int64_t at, int8_t* to) {
+        const Table& isa = table();
+        constexpr int64_t MOST = 32;  // blocks, so that one's divisions overlap with another's
+        float lo[MOST], hi[MOST];
+        bool all = true;
+        int64_t near = NEAR / m.block;
+        int64_t step = m.block * (near < 1 ? 1 : near > MOST ? MOST : near);
+        for (int64_t i = 0; i < n; i += step) {
+            int64_t some = n - i < step ? n - i : step, count = (some + m.block - 1) / m.block;
+            int8_t* zero = zero_point ? zero_point + at : nullptr;
+            bool fine = true;
+            isa.range(from + i, some, m.block, lo, hi);
+            for (int64_t b = 0; b < count; ++b)
+                fine &= choose(lo[b], hi[b], qmin, qmax, scale + at + b, zero ? zero + b : nullptr);
+            if (fine)
+                isa.quantize(from + i, some, m.block, scale + at, zero, qmin, qmax, to + i);
+            all &= fine;
+            at += count;
+        }
+        if (!all) good.store(false, std::memory_order_relaxed);
+    };
+    auto body = [&](int64_t first, int64_t last) {
+        if (m.blocks == 1)  // one run of whole blocks
+            return run(x + first * m.columns, (last - first) * m.columns, first,
+                       codes + first * m.columns);
+        for (int64_t r = first; r < last; ++r)
+            run(x + r * m.columns, m.columns, r * m.blocks, codes + r * m.columns);
+    };
+    parallel(m.rows, m.columns, threads, body, large(codes, rows * columns, threads));
+    return good.load(std::memory_order_relaxed);
 }
 
 QKIT_API void qkit_dequantize(const int8_t* codes, int64_t rows, int64_t columns, int64_t block,

@@ -10,7 +10,7 @@
 #include <cstdint>
 
 // Raised whenever a signature or a layout changes; qkit/native.py holds the same number.
-#define QKIT_ABI 4
+#define QKIT_ABI 5
 
 #define QKIT_API extern "C" __attribute__((visibility("default")))
 
@@ -35,6 +35,14 @@ QKIT_API void qkit_range(const float* x, int64_t rows, int64_t columns, int64_t 
 QKIT_API void qkit_quantize(const float* x, int64_t rows, int64_t columns, int64_t block,
                             const float* scale, const int8_t* zero_point, int32_t qmin,
                             int32_t qmax, int8_t* codes, int32_t threads);
+
+// The two above and the scales between them in one pass over x: of each block the range, its scale
+// and (if zero_point is not null: affine) zero point, and the codes, as qkit.numerics.affine chooses
+// them for fp32 scales. A symmetric range is narrow if qmin = -qmax, else full. Returns 1, or 0 if x
+// is not finite or some range overflows: then the results mean nothing.
+QKIT_API int32_t qkit_quantize_minmax(const float* x, int64_t rows, int64_t columns, int64_t block,
+                                      int32_t qmin, int32_t qmax, float* scale, int8_t* zero_point,
+                                      int8_t* codes, int32_t threads);
 
 // x = (code - zero_point) * scale; zero_point may be null.
 QKIT_API void qkit_dequantize(const int8_t* codes, int64_t rows, int64_t columns, int64_t block,

@@ -21,6 +21,9 @@ constexpr int64_t STREAMED = 4;
 // Columns of x that share a scale where exact activations become integers.
 constexpr int64_t BLOCK = 512;
 
+// Values of x that are quantized at a time, between finding their range and their codes.
+constexpr int64_t NEAR = 4096;
+
 // A run of columns that lie in one group of the weight and in one block of x; it begins at a step
 // of its own, and its last step may be filled up with zeros.
 struct Piece {

@@ -18,7 +18,7 @@ from pathlib import Path
 from qkit.errors import UsageError
 
 # The number in kernels/qkit.h: a library of another number was built from other sources.
-ABI = 4
+ABI = 5
 ISAS = ("scalar", "avx2", "avx512", "avx512vnni", "neon", "dotprod")
 
 # Every function of the interface and its arguments: pointer, int64, int32.
@@ -26,6 +26,7 @@ _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 SIGNATURES = {
     "qkit_range": (_P, _L, _L, _L, _P, _P, _I),
     "qkit_quantize": (_P, _L, _L, _L, _P, _P, _I, _I, _P, _I),
+    "qkit_quantize_minmax": (_P, _L, _L, _L, _I, _I, _P, _P, _P, _I),
     "qkit_dequantize": (_P, _L, _L, _L, _P, _P, _P, _I),
     "qkit_pack": (_P, _L, _L, _I, _I, _P, _L, _I),
     "qkit_unpack": (_P, _L, _L, _I, _I, _P, _L, _I),
@@ -33,7 +34,7 @@ SIGNATURES = {
     "qkit_linear": (_P, _P, _P, _I, _L, _P, _I),
 }
 # What they return, where it is something.
-RESULTS = {"qkit_pack": _I, "qkit_decode": _I, "qkit_linear": _I}
+RESULTS = dict.fromkeys(("qkit_quantize_minmax", "qkit_pack", "qkit_decode", "qkit_linear"), _I)
 
 
 class Weight(ctypes.Structure):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qkit.numerics import QTensor, choose_qparams, quantize
+from qkit.numerics import QTensor, quantize_minmax
 from qkit.spec import QSpec
 
 
@@ -13,4 +13,4 @@ def rtn(weight: Tensor, spec: QSpec, *, name: str = "weight") -> QTensor:
 
     Raises :class:`~qkit.errors.InputError`, naming ``name``, if a value is not finite.
     """
-    return quantize(weight, choose_qparams(weight, spec, name=name), spec)
+    return quantize_minmax(weight, spec, name=name)

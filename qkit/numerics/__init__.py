@@ -7,6 +7,7 @@ from qkit.numerics.affine import dequantize as dequantize
 from qkit.numerics.affine import dequantize_blocks as dequantize_blocks
 from qkit.numerics.affine import qparams_from_range as qparams_from_range
 from qkit.numerics.affine import quantize as quantize
+from qkit.numerics.affine import quantize_minmax as quantize_minmax
 from qkit.numerics.affine import scale_dtype as scale_dtype
 from qkit.numerics.auto import Choice as Choice
 from qkit.numerics.auto import auto as auto

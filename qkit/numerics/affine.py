@@ -41,9 +41,9 @@ from torch import Tensor
 from qkit.errors import InputError
 from qkit.numerics import fast
 from qkit.numerics.blocks import block_range, from_blocks, per_block, to_blocks
-from qkit.numerics.tensors import QParams, QTensor
+from qkit.numerics.tensors import QParams, QTensor, check_out
 from qkit.numerics.values import decode, encode
-from qkit.spec import E8M0, Float, Format, Int, QSpec
+from qkit.spec import E8M0, FP32, Float, Format, Int, QSpec
 
 
 def check_finite(x: Tensor, name: str) -> None:
@@ -157,15 +157,20 @@ def code_dtype(fmt: Format) -> torch.dtype:
     return torch.int8 if isinstance(fmt, Int) and fmt.signed else torch.uint8
 
 
-def quantize(x: Tensor, qparams: QParams, spec: QSpec) -> QTensor:
-    """The codes of ``x``, of the same shape. ``x`` must be finite (:func:`check_finite`)."""
-    fmt = spec.format
+def quantize(x: Tensor, qparams: QParams, spec: QSpec, *, out: Tensor | None = None) -> QTensor:
+    """The codes of ``x``, of the same shape. ``x`` must be finite (:func:`check_finite`).
+
+    ``out`` is memory for the codes (:func:`code_dtype`), contiguous; without it they get new
+    memory, whose pages the system first has to clear: that takes longer than the arithmetic.
+    """
+    fmt, shape = spec.format, tuple(x.shape)
     if spec.is_cast:
         raise TypeError(f"{fmt} has no codes: cast it (qkit.numerics.cast)")
-    x, block_shape = _work(x), spec.granularity.block_shape(tuple(x.shape))
+    check_out(out, shape, code_dtype(fmt))
+    x, block_shape = _work(x), spec.granularity.block_shape(shape)
     if isinstance(fmt, Int) and fmt.signed:
         scale, zero_point = qparams.scale, qparams.zero_point
-        by_kernel = fast.quantize(x, scale, zero_point, block_shape, fmt.qmin, fmt.qmax)
+        by_kernel = fast.quantize(x, scale, zero_point, block_shape, fmt.qmin, fmt.qmax, out)
         if by_kernel is not None:
             return QTensor(by_kernel, qparams, spec)
     blocks = to_blocks(x, block_shape)
@@ -177,18 +182,46 @@ def quantize(x: Tensor, qparams: QParams, spec: QSpec) -> QTensor:
         codes = codes.clamp_(fmt.qmin, fmt.qmax).to(code_dtype(fmt))
     else:
         codes = encode(codes, fmt)
-    return QTensor(from_blocks(codes, tuple(x.shape)), qparams, spec)
+    return QTensor(_into(out, from_blocks(codes, shape)), qparams, spec)
 
 
-def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def quantize_minmax(
+    x: Tensor, spec: QSpec, *, name: str = "tensor", out: Tensor | None = None
+) -> QTensor:
+    """``quantize(x, choose_qparams(x, spec, name=name), spec, out=out)``, bit for bit.
+
+    The range of each block is its least and greatest value. By the kernels, ``x`` is read once.
+    """
+    fmt, shape = spec.format, tuple(x.shape)
+    if isinstance(fmt, Int) and fmt.signed and spec.scale == FP32:
+        check_out(out, shape, torch.int8)
+        block_shape = spec.granularity.block_shape(shape)
+        found = fast.quantize_minmax(
+            x, block_shape, fmt.qmin, fmt.qmax, affine=not spec.symmetric, out=out
+        )
+        if found is not None:
+            codes, scale, zero_point = found
+            return QTensor(codes, QParams(scale, zero_point), spec)
+    return quantize(x, choose_qparams(x, spec, name=name), spec, out=out)
+
+
+def _into(out: Tensor | None, result: Tensor) -> Tensor:
+    return result if out is None else out.copy_(result)
+
+
+def dequantize(
+    q: QTensor, dtype: torch.dtype = torch.float32, *, out: Tensor | None = None
+) -> Tensor:
     """The values of ``q``: ``(code - zero_point) * scale``, or ``value(code) * scale``.
 
-    Computed in fp32 (fp64 for fp64); the result has the shape of ``q``.
+    Computed in fp32 (fp64 for fp64); the result has the shape of ``q``. ``out`` is memory for it
+    (see :func:`quantize`).
     """
     block_shape, codes, fmt = q.spec.granularity.block_shape(q.shape), q.codes, q.spec.format
     if not isinstance(fmt, Int):
         codes = decode(codes, fmt, torch.float64 if dtype == torch.float64 else torch.float32)
-    return dequantize_blocks(codes, q.qparams.scale, q.qparams.zero_point, block_shape, dtype)
+    scale, zero_point = q.qparams.scale, q.qparams.zero_point
+    return dequantize_blocks(codes, scale, zero_point, block_shape, dtype, out=out)
 
 
 def dequantize_blocks(
@@ -197,14 +230,19 @@ def dequantize_blocks(
     zero_point: Tensor | None,
     block_shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """:func:`dequantize` for callers that hold a block shape instead of a spec (kernels do)."""
+    check_out(out, tuple(codes.shape), dtype)
     if dtype != torch.float64:
-        by_kernel = fast.dequantize(codes, scale, zero_point, block_shape)
+        wide = out if dtype == torch.float32 else None
+        by_kernel = fast.dequantize(codes, scale, zero_point, block_shape, wide)
         if by_kernel is not None:
-            return by_kernel.to(dtype)
+            return by_kernel if by_kernel is out else _into(out, by_kernel.to(dtype))
     work = torch.float64 if dtype == torch.float64 else torch.float32
     blocks = to_blocks(codes, block_shape).to(work)
     if zero_point is not None:
         blocks = blocks - per_block(zero_point).to(work)
-    return from_blocks(blocks * per_block(scale).to(work), tuple(codes.shape)).to(dtype)
+    values = from_blocks(blocks * per_block(scale).to(work), tuple(codes.shape))
+    return _into(out, values.to(dtype))

@@ -58,18 +58,29 @@ def block_range(x: Tensor, block_shape: Shape) -> tuple[Tensor, Tensor] | None:
     return lo, hi
 
 
+def _result(out: Tensor | None, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """``out``, or new memory for a result."""
+    return torch.empty(shape, dtype=dtype) if out is None else out
+
+
 def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, block_shape: Shape, qmin: int, qmax: int
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    block_shape: Shape,
+    qmin: int,
+    qmax: int,
+    out: Tensor | None = None,
 ) -> Tensor | None:
     """int8 codes of ``x`` by the kernels; None where they cannot."""
     runs = _runs(tuple(x.shape), block_shape) if x.dtype == torch.float32 and x.ndim else None
     if runs is None or (zero_point is not None and zero_point.dtype != torch.int8):
         return None
     scale, zero_point, runs = _spread(scale.float(), zero_point, runs)
-    kernels = _kernels(x, scale, *([] if zero_point is None else [zero_point]))
+    kernels = _kernels(*(t for t in (x, scale, zero_point, out) if t is not None))
     if kernels is None:
         return None
-    codes = torch.empty(x.shape, dtype=torch.int8)
+    codes = _result(out, x.shape, torch.int8)
     kernels.qkit_quantize(
         x.data_ptr(),
         *runs,
@@ -83,8 +94,39 @@ def quantize(
     return codes
 
 
+def quantize_minmax(
+    x: Tensor, block_shape: Shape, qmin: int, qmax: int, affine: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Codes, fp32 scales and (affine) zero points of ``x`` in one pass over it.
+
+    None where the kernels cannot, and where a value or a range is not finite.
+    """
+    runs = _runs(tuple(x.shape), block_shape) if x.dtype == torch.float32 and x.ndim else None
+    kernels = _kernels(*(t for t in (x, out) if t is not None)) if runs and runs[0] > 1 else None
+    if kernels is None or runs is None:
+        return None
+    count = [-(-n // b) for n, b in zip(x.shape, block_shape, strict=True)]
+    codes, scale = _result(out, x.shape, torch.int8), torch.empty(count)
+    zero_point = torch.empty(count, dtype=torch.int8) if affine else None
+    good = kernels.qkit_quantize_minmax(
+        x.data_ptr(),
+        *runs,
+        qmin,
+        qmax,
+        scale.data_ptr(),
+        None if zero_point is None else zero_point.data_ptr(),
+        codes.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return (codes, scale, zero_point) if good else None
+
+
 def dequantize(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, block_shape: Shape
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    block_shape: Shape,
+    out: Tensor | None = None,
 ) -> Tensor | None:
     """fp32 values of int8 ``codes`` by the kernels; None where they cannot."""
     if codes.dtype != torch.int8 or (zero_point is not None and zero_point.dtype != torch.int8):
@@ -93,10 +135,10 @@ def dequantize(
     if runs is None:
         return None
     scale, zero_point, runs = _spread(scale.float(), zero_point, runs)
-    kernels = _kernels(codes, scale, *([] if zero_point is None else [zero_point]))
+    kernels = _kernels(*(t for t in (codes, scale, zero_point, out) if t is not None))
     if kernels is None:
         return None
-    values = torch.empty(codes.shape)
+    values = _result(out, codes.shape, torch.float32)
     kernels.qkit_dequantize(
         codes.data_ptr(),
         *runs,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from qkit.errors import UsageError
 from qkit.spec import QSpec
 
 
@@ -46,3 +48,14 @@ class QTensor:
             if param is not None:
                 bits += param.numel() * param.element_size() * 8
         return bits / max(self.codes.numel(), 1)
+
+
+def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise :class:`~qkit.errors.UsageError` if a result does not fit in ``out``, where given."""
+    if out is None or (out.shape == shape and out.dtype == dtype and out.is_contiguous()):
+        return
+    raise UsageError(
+        "the result does not fit in out",
+        got=f"{out.dtype} {tuple(out.shape)}, strides {out.stride()}",
+        wanted=f"{dtype} {tuple(shape)}, contiguous",
+    )

@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 
 from qkit import native
 from qkit.errors import InputError, UsageError
+from qkit.numerics.tensors import check_out
 from qkit.spec.granularity import ceil_div
 
 if sys.byteorder != "little":  # pragma: no cover
@@ -38,28 +39,29 @@ def packed_words(n: int, bits: int) -> int:
     return ceil_div(n * bits, WORD_BITS)
 
 
-def pack(codes: Tensor, bits: int, axis: int = -1) -> Tensor:
+def pack(codes: Tensor, bits: int, axis: int = -1, *, out: Tensor | None = None) -> Tensor:
     """Pack along ``axis``: ``[..., n]`` int8 or uint8 -> ``[..., ceil(n * bits / 32)]`` int32.
 
     int8 codes lie in [-2^(bits-1), 2^(bits-1) - 1], uint8 codes in [0, 2^bits - 1]; anything else
     raises :class:`~qkit.errors.UsageError`, because a code that does not fit would corrupt its
-    neighbours.
+    neighbours. ``out`` is memory for the result, contiguous (new memory costs more than packing).
 
     >>> pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4)
     tensor([[801]], dtype=torch.int32)
     """
     _check_bits(bits)
     if axis not in (-1, codes.ndim - 1):
-        return pack(codes.movedim(axis, -1), bits).movedim(-1, axis).contiguous()
+        packed = pack(codes.movedim(axis, -1), bits).movedim(-1, axis)
+        return _result(out, packed.shape, torch.int32, codes.device).copy_(packed)
     offset = 1 << (bits - 1) if _is_signed(codes) else 0
     n = codes.shape[-1]
     words = packed_words(n, bits)
+    out = _result(out, (*codes.shape[:-1], words), torch.int32, codes.device)
     if codes.numel() == 0:  # an empty tensor's strides cannot be reinterpreted
-        return torch.empty(*codes.shape[:-1], words, dtype=torch.int32)
+        return out
     values = codes.contiguous().view(torch.uint8)
     kernels = native.library() if codes.device.type == "cpu" else None
     if kernels is not None:
-        out = torch.empty(*codes.shape[:-1], words, dtype=torch.int32)
         rows, threads = out.numel() // words, torch.get_num_threads()
         fit = kernels.qkit_pack(
             values.data_ptr(), rows, n, bits, offset, out.data_ptr(), words * 4, threads
@@ -76,36 +78,45 @@ def pack(codes: Tensor, bits: int, axis: int = -1) -> Tensor:
     octets = values.reshape(*codes.shape[:-1], values.shape[-1] // 8, 8)
     stream = _pack_octets(octets, bits).flatten(-2)
     # A fresh tensor: torch calls a [1, n] slice contiguous although its row stride is not n.
-    out = stream.new_zeros(*codes.shape[:-1], words * 4)
+    whole = stream.new_zeros(*codes.shape[:-1], words * 4)
     used = min(words * 4, stream.shape[-1])
-    out[..., :used] = stream[..., :used]
-    return out.view(torch.int32)
+    whole[..., :used] = stream[..., :used]
+    return out.copy_(whole.view(torch.int32))
 
 
-def unpack(packed: Tensor, bits: int, n: int, *, signed: bool = True, axis: int = -1) -> Tensor:
+def unpack(
+    packed: Tensor,
+    bits: int,
+    n: int,
+    *,
+    signed: bool = True,
+    axis: int = -1,
+    out: Tensor | None = None,
+) -> Tensor:
     """The inverse of :func:`pack`: ``[..., words]`` int32 -> ``[..., n]`` int8 (or uint8).
 
     Raises :class:`~qkit.errors.InputError` if the number of words is not what ``n`` values take.
     """
     _check_bits(bits)
     if axis not in (-1, packed.ndim - 1):
-        codes = unpack(packed.movedim(axis, -1), bits, n, signed=signed)
-        return codes.movedim(-1, axis).contiguous()
+        codes = unpack(packed.movedim(axis, -1), bits, n, signed=signed).movedim(-1, axis)
+        return _result(out, codes.shape, codes.dtype, packed.device).copy_(codes)
     if packed.dtype != torch.int32 or packed.shape[-1] != packed_words(n, bits):
         raise InputError(
             f"not {n} packed values of {bits} bits",
             got=f"{packed.dtype} of shape {tuple(packed.shape)}",
             wanted=f"int32 with {packed_words(n, bits)} words in the last dimension",
         )
+    dtype = torch.int8 if signed else torch.uint8
+    out = _result(out, (*packed.shape[:-1], n), dtype, packed.device)
     if packed.numel() == 0:
-        return torch.empty(*packed.shape[:-1], n, dtype=torch.int8 if signed else torch.uint8)
+        return out
     if packed.stride(-1) != 1:  # torch calls a [1, 1] slice contiguous although its stride is not
         packed = packed.clone(memory_format=torch.contiguous_format)
     packed = packed.contiguous()
     offset = 1 << (bits - 1) if signed else 0
     kernels = native.library() if packed.device.type == "cpu" else None
     if kernels is not None:
-        out = torch.empty(*packed.shape[:-1], n, dtype=torch.int8 if signed else torch.uint8)
         words, threads = packed.shape[-1], torch.get_num_threads()
         kernels.qkit_unpack(
             packed.data_ptr(), out.numel() // n, n, bits, offset, out.data_ptr(), words * 4, threads
@@ -117,9 +128,14 @@ def unpack(packed: Tensor, bits: int, n: int, *, signed: bool = True, axis: int 
     stream = pad(stream, (0, octets * bits - stream.shape[-1]))
     values = _unpack_octets(stream.reshape(*packed.shape[:-1], octets, bits), bits)
     values = values.flatten(-2).narrow(-1, 0, n)
-    if not signed:
-        return values.contiguous()
-    return (values - offset).view(torch.int8)
+    return out.copy_((values - offset).view(torch.int8) if signed else values)
+
+
+def _result(
+    out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    check_out(out, shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device) if out is None else out
 
 
 def _misfit(codes: Tensor, bits: int, offset: int) -> UsageError:

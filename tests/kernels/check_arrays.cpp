@@ -2,6 +2,7 @@
 // computes. What the comment gives exactly must come out exactly.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "../../kernels/qkit.h"
 #include "harness.h"
@@ -105,6 +106,63 @@ void quantize(Case& test) {
         // A quotient that fp64 rounds and fp32 rounds again is the fp32 quotient.
         double steps = std::nearbyint((double)(float)((double)x[i] / scale[m.of(i)]));
         double code = steps + zero.at(m.of(i));
+        codes.must_be(i, (int8_t)(code < qmin ? qmin : code > qmax ? qmax : code));
+    }
+}
+
+// The least normal fp32 number that is at least x.
+float above(double x) {
+    float y = (float)x;
+    if ((double)y < x) y = std::nextafterf(y, INFINITY);
+    return std::fmax(y, std::numeric_limits<float>::min());
+}
+
+void quantize_minmax(Case& test) {
+    Blocks m(test);
+    Buffer<float> x(test, "x", m.rows * m.columns), scale(test, "scale", m.rows * m.blocks);
+    Buffer<int8_t> codes(test, "codes", x.size), zero(test, "zero_point", scale.size);
+    int bits = (int)test.random.between(2, 8);
+    bool affine = test.random.one_in(2), narrow = test.random.one_in(2);
+    int32_t qmax = (1 << (bits - 1)) - 1, qmin = narrow ? -qmax : -qmax - 1;
+    float size = std::fabs(scale_of(test.random));
+    bool finite = !test.random.one_in(4);
+    for (int64_t i = 0; i < x.size; ++i) {
+        x[i] = size * test.random.real();
+        if (test.random.one_in(40)) x[i] = test.random.one_in(2) ? 0.0f : 1e-42f * x[i];
+        if (!finite && test.random.one_in(30)) x[i] = test.random.one_in(2) ? NAN : -INFINITY;
+    }
+    std::vector<float> least((size_t)scale.size), greatest((size_t)scale.size);
+    bool good = true;
+    for (int64_t i = 0; i < x.size; ++i) {
+        size_t b = (size_t)m.of(i);
+        good &= std::isfinite(x[i]);
+        if (x[i] < least[b]) least[b] = x[i];
+        if (x[i] > greatest[b]) greatest[b] = x[i];
+    }
+    int32_t done = qkit_quantize_minmax(x.data(), m.rows, m.columns, m.block, qmin, qmax,
+                                        scale.data(), affine ? zero.data() : nullptr, codes.data(),
+                                        m.threads);
+    if (done != (int32_t)good) test.fail("returned %d, wanted %d", done, (int)good);
+    if (!good) return;
+    for (int64_t b = 0; b < scale.size; ++b) {
+        double lo = least[(size_t)b], hi = greatest[(size_t)b];
+        double more = std::fmax(-lo, hi), less = std::fmin(-lo, hi);
+        if (affine) {
+            float s = above((hi - lo) / (qmax - qmin));
+            scale.must_be(b, s);
+            double z = qmin - std::nearbyint(lo / s);
+            zero.must_be(b, (int8_t)std::fmin(std::fmax(z, qmin), qmax));
+        } else if (narrow) {
+            scale.must_be(b, above(more / qmax));
+        } else {
+            float s = above(std::fmax(more / -qmin, less / (qmax + 0.5)));
+            scale.must_be(b, hi > -lo ? -s : s);
+        }
+    }
+    for (int64_t i = 0; i < x.size; ++i) {
+        int64_t b = m.of(i);
+        double code = std::nearbyint((double)(float)((double)x[i] / scale[b]));
+        code += affine ? zero[b] : 0;
         codes.must_be(i, (int8_t)(code < qmin ? qmin : code > qmax ? qmax : code));
     }
 }
@@ -580,6 +638,7 @@ void use(Case& test) {
 
 const Check array_checks[] = {
     {"qkit_range", range},   {"qkit_quantize", quantize}, {"qkit_dequantize", dequantize},
+    {"qkit_quantize_minmax", quantize_minmax},
     {"qkit_pack", pack},     {"qkit_unpack", unpack},     {"qkit_decode", decode},
     {"qkit_linear", linear}, {nullptr, nullptr},
 };

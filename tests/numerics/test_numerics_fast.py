@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkit import native
-from qkit.errors import InputError
-from qkit.numerics import QTensor, choose_qparams, dequantize, fast, quantize
+from qkit.errors import InputError, UsageError
+from qkit.numerics import QTensor, choose_qparams, dequantize, fast, quantize, quantize_minmax
 from qkit.packing import pack, unpack
 from qkit.spec import (
     BF16,
@@ -67,6 +67,14 @@ def assert_equal(x: torch.Tensor, spec: QSpec) -> None:
     assert torch.equal(kernel.qparams.scale, plain.qparams.scale)
     assert torch.equal(kernel.codes, plain.codes)
     assert torch.equal(decoded, reference)
+    for values in (0, 1 << 60):
+        with least(values):
+            at_once = quantize_minmax(x, spec)
+        assert torch.equal(at_once.codes, plain.codes)
+        assert torch.equal(at_once.qparams.scale, plain.qparams.scale)
+        zero_point = plain.qparams.zero_point
+        if zero_point is not None:
+            assert torch.equal(at_once.qparams.zero_point, zero_point)
 
 
 @given(
@@ -104,6 +112,73 @@ def test_both_refuse_what_is_not_finite(place, bad, granularity):
     for values in (0, 1 << 60):
         with least(values), pytest.raises(InputError, match=r"fc\.weight; got: .*of 2310 values"):
             choose_qparams(x, spec, name="fc.weight")
+        with least(values), pytest.raises(InputError, match=r"fc\.weight; got: .*of 2310 values"):
+            quantize_minmax(x, spec, name="fc.weight")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_both_refuse_a_range_that_overflows(symmetric):
+    x = torch.full((33, 70), 3e38)
+    x[::2] *= -1
+    x[5] = 3.4e38
+    x[5, 0] = -3.4e38
+    spec = QSpec(Int(2 if symmetric else 8), PerChannel(0), symmetric=symmetric)
+    refusals = []
+    for values in (0, 1 << 60):
+        with least(values):
+            for run in (choose_qparams, quantize_minmax):
+                try:
+                    run(x, spec)
+                    refusals.append(None)
+                except InputError as error:
+                    refusals.append(str(error))
+    assert len(set(refusals)) == 1
+
+
+@pytest.mark.parametrize("values", [0, 1 << 60], ids=["kernels", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_results_go_into_memory_that_is_given(values, dtype):
+    x, spec = torch.randn(33, 70), QSpec(Int(4), PerGroup(32))
+    q, codes = quantize_minmax(x, spec), torch.empty(33, 70, dtype=torch.int8)
+    words, back = torch.empty(33, 9, dtype=torch.int32), torch.empty_like(codes)
+    decoded = torch.empty(33, 70, dtype=dtype)
+    with least(values):
+        assert quantize_minmax(x, spec, out=codes).codes is codes
+        assert torch.equal(codes, q.codes)
+        assert quantize(x, q.qparams, spec, out=codes.zero_()).codes is codes
+        assert torch.equal(codes, q.codes)
+        assert dequantize(q, dtype, out=decoded) is decoded
+        assert torch.equal(decoded, dequantize(q, dtype))
+        assert pack(codes, 4, out=words) is words
+        assert torch.equal(words, pack(codes, 4))
+        assert unpack(words, 4, 70, out=back) is back
+        assert torch.equal(back, codes)
+        turned = torch.empty(5, 70, dtype=torch.int32)
+        assert torch.equal(pack(codes, 4, axis=0, out=turned), pack(codes, 4, axis=0))
+        assert torch.equal(unpack(turned, 4, 33, axis=0, out=back), codes)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.empty(33, 71, dtype=torch.int8),
+        torch.empty(33, 70, dtype=torch.uint8),
+        torch.empty(70, 33, dtype=torch.int8).T,
+    ],
+    ids=["shape", "dtype", "strides"],
+)
+def test_memory_that_does_not_fit_is_refused(out):
+    x, spec = torch.randn(33, 70), QSpec(Int(4), PerGroup(32))
+    q = quantize_minmax(x, spec)
+    for call in (
+        lambda: quantize_minmax(x, spec, out=out),
+        lambda: quantize(x, q.qparams, spec, out=out),
+        lambda: dequantize(q, out=out),
+        lambda: pack(q.codes, 4, out=out),
+        lambda: unpack(pack(q.codes, 4), 4, 70, out=out),
+    ):
+        with pytest.raises(UsageError, match="does not fit in out"):
+            call()
 
 
 def test_the_kernels_really_run(monkeypatch):
@@ -121,6 +196,9 @@ def test_the_kernels_really_run(monkeypatch):
     x = torch.randn(8, 2048)
     dequantize(quantize(x, choose_qparams(x, spec), spec))
     assert called == ["qkit_range", "qkit_quantize", "qkit_dequantize"]
+    called.clear()
+    quantize_minmax(x, spec)
+    assert called == ["qkit_quantize_minmax"]
 
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerGroup(32)], ids=str)
