@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
+
+from qkit.errors import UsageError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -53,6 +56,20 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+_SIZE = re.compile(r"([0-9]+) *([KMGT]?)(I?)B?", re.I)
+
+
+def size_bytes(text: str | None) -> int | None:
+    """The bytes of a size such as ``500MB`` or ``2GiB``; None of None."""
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or int(match[1]) == 0:
+        raise UsageError("not a size", got=repr(text), wanted="such as 500MB or 2GB")
+    base = 1024 if match[3] else 1000
+    return int(match[1]) * int(base ** " KMGT".index(match[2].upper() or " "))
 
 
 def print_json(data: Any) -> None:

@@ -13,6 +13,7 @@ from qkit.cli.common import (
     quiet_option,
     seed_option,
     set_threads,
+    size_bytes,
     threads_option,
 )
 
@@ -49,6 +50,16 @@ from qkit.cli.common import (
 )
 @architecture_options
 @click.option(
+    "--stream",
+    is_flag=True,
+    help="Quantize tensor by tensor from disk: for checkpoints larger than memory.",
+)
+@click.option(
+    "--shard-size",
+    metavar="SIZE",
+    help="With --stream: greatest size of a file of weights, such as 2GB or 500MB [one file].",
+)
+@click.option(
     "--min-coverage",
     type=click.FloatRange(0, 1),
     default=0.0,
@@ -69,6 +80,8 @@ def command(
     as_json: bool,
     quiet: bool,
     debug: bool,
+    stream: bool,
+    shard_size: str | None,
     **options: Any,
 ) -> None:
     """Quantize the model in PATH and verify the result.
@@ -78,15 +91,20 @@ def command(
     """
     from qkit.cli.table import print_report
 
-    from qkit.flows import Request, quantize_file
+    from qkit.errors import UsageError
+    from qkit.flows import Request, quantize_file, stream_file
 
     set_threads(threads)
     talk = not (quiet or as_json)
+    if shard_size and not stream:
+        raise UsageError("--shard-size is for --stream")
+    shards = {"shard_bytes": size_bytes(shard_size)} if stream else {}
     with progress_bar("quantizing", enabled=talk) as progress:
-        report = quantize_file(
+        report = (stream_file if stream else quantize_file)(
             Request(path=path, input=input_spec, **options),
             progress=progress,
             told=lambda text: click.echo(text, err=True) if talk else None,
+            **shards,
         )
     if as_json:
         click.echo(report.dumps(), nl=False)

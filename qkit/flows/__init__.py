@@ -10,4 +10,5 @@ from qkit.flows.quantize import quantize_file as quantize_file
 from qkit.flows.rate import RatePoint as RatePoint
 from qkit.flows.rate import rate_distortion as rate_distortion
 from qkit.flows.save import save as save
+from qkit.flows.stream import stream_file as stream_file
 from qkit.flows.verify import verify as verify

@@ -16,6 +16,7 @@ from qkit import ops
 from qkit.errors import InputError
 from qkit.models import Inputs, run, split
 from qkit.packing.store import matrix_shape
+from qkit.spec import QSpec
 from qkit.targets.artifact import CHECK, Artifact
 from qkit.targets.torch import read_tensors, stored_tensors
 
@@ -75,23 +76,27 @@ def layer_outputs(artifact: Artifact, tensors: Mapping[str, Tensor]) -> dict[str
     """
     layers = artifact.layers
     if not layers:
-        wide = {name: t.double() for name, t in tensors.items()}
-        return {f"layers.{n}": torch.stack([t.sum(), t.abs().sum()]) for n, t in wide.items()}
+        wide = ((name, t.double()) for name, t in tensors.items())
+        return {f"layers.{n}": torch.stack([t.sum(), t.abs().sum()]) for n, t in wide}
     outputs = {}
     for name, facts in layers.items():
         stored = stored_tensors(name, facts, tensors)
-        columns = matrix_shape(facts.shape)[1]
-        packed, whole = stored.get("weight_packed"), stored.get("weight")
-        codes = packed if whole is None else whole.flatten(1)
-        levels = stored.get("weight_levels")
-        # The weight alone: activations are quantized by no tensor but the static range.
-        outputs[f"layers.{name}"] = (ops.linear if levels is None else ops.linear_codebook)(
-            torch.randn(2, columns, generator=torch.Generator().manual_seed(columns)),
-            codes,
-            stored["weight_scale"],
-            stored.get("weight_zero_point") if levels is None else levels,
-            None,
-            facts.spec.format.bits,
-            facts.spec.group_size,
-        )
+        outputs[f"layers.{name}"] = weight_output(stored, matrix_shape(facts.shape)[1], facts.spec)
     return outputs
+
+
+def weight_output(stored: Mapping[str, Tensor], columns: int, spec: QSpec) -> Tensor:
+    """The output ``[2, rows]`` of one weight, or of some of its rows, from its stored tensors."""
+    packed, whole = stored.get("weight_packed"), stored.get("weight")
+    codes = packed if whole is None else whole.flatten(1)
+    levels = stored.get("weight_levels")
+    # The weight alone: activations are quantized by no tensor but the static range.
+    return (ops.linear if levels is None else ops.linear_codebook)(
+        torch.randn(2, columns, generator=torch.Generator().manual_seed(columns)),
+        codes,
+        stored["weight_scale"],
+        stored.get("weight_zero_point") if levels is None else levels,
+        None,
+        spec.format.bits,
+        spec.group_size,
+    )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from qkit.models import load as load_model
 from qkit.nn import QLayer, survey, tree
 from qkit.packing.store import matrix_shape
-from qkit.targets.artifact import META, WEIGHTS, read_artifact
-from qkit.targets.torch import read_tensors
+from qkit.targets.artifact import META, read_artifact
+from qkit.targets.torch import read_weights
 
 
 @dataclass
@@ -99,7 +99,7 @@ def _inspect_artifact(path: Path) -> Node:
     artifact = read_artifact(path)
     layers, buffers = artifact.layers, artifact.buffers
     root = Node("", f"artifact {artifact.meta.get('scheme') or ''}".strip())
-    for key, tensor in read_tensors(path / WEIGHTS).items():
+    for key, tensor in read_weights(artifact).items():
         owner, _, leaf = key.rpartition(".")
         line = [root]
         for part in filter(None, owner.split(".")):

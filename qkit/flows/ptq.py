@@ -28,7 +28,7 @@ def no_progress(done: int, total: int, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What will happen to one entry of the survey: a rule to follow, or a reason to leave it."""
 
     entry: Entry
@@ -54,13 +54,9 @@ def quantize_module(
     :class:`~qkit.errors.InputError` for NaN, infinity or weights on the meta device,
     :class:`~qkit.errors.CoverageError` if nothing can be quantized.
     """
-    entries = survey(model)
-    _check_rules(recipe, model)
-    _check_tensors(model)
-    plans = _agree([_plan(entry, recipe) for entry in entries])
+    plans = plan_layers(model, recipe)
     chosen = [plan for plan in plans if plan.rule is not None]
-    if not chosen:
-        raise _nothing(plans)
+    _check_tensors(model)
     if not in_place:
         model = _copy(model, [plan.entry.module for plan in chosen])
     ranges = _static_ranges(model, chosen, calib)
@@ -75,11 +71,25 @@ def quantize_module(
             )
     progress(len(chosen), len(chosen), "")
     model = swap(model, layers)
-    return model, [rows.get(plan.entry.name) or _left(plan.entry, plan.reason) for plan in plans]
+    return model, [rows.get(plan.entry.name) or left_row(plan.entry, plan.reason) for plan in plans]
+
+
+def plan_layers(model: nn.Module, recipe: Recipe) -> list[Plan]:
+    """What ``recipe`` makes of each module of ``model``, whose values are not looked at.
+
+    Raises :class:`~qkit.errors.UsageError` if a rule matches no module,
+    :class:`~qkit.errors.CoverageError` if nothing can be quantized.
+    """
+    entries = survey(model)
+    _check_rules(recipe, model)
+    plans = _agree([_plan(entry, recipe) for entry in entries])
+    if all(plan.rule is None for plan in plans):
+        raise _nothing(plans)
+    return plans
 
 
 def _calibrated(
-    model: nn.Module, chosen: list[_Plan], calib: Inputs | None
+    model: nn.Module, chosen: list[Plan], calib: Inputs | None
 ) -> Iterator[tuple[list[str], dict[str, Stats]]]:
     """The names of the layers to quantize, a part at a time, with the statistics they need."""
     needy = {
@@ -98,7 +108,7 @@ def _calibrated(
 
 
 def _static_ranges(
-    model: nn.Module, chosen: list[_Plan], calib: Inputs | None
+    model: nn.Module, chosen: list[Plan], calib: Inputs | None
 ) -> dict[str, QParams]:
     """The scale of the input of every layer whose scheme wants it ahead of time."""
     wanted = {
@@ -117,7 +127,7 @@ def _static_ranges(
     return input_qparams(model, wanted, calib)
 
 
-def _weight_of(plan: _Plan) -> str:
+def _weight_of(plan: Plan) -> str:
     """The first owner of the weight of a planned layer."""
     return plan.entry.tied_to or plan.entry.name
 
@@ -142,32 +152,32 @@ def _check_tensors(model: nn.Module) -> None:
             check_finite(tensor.detach(), name)  # NaN is damage anywhere, infinity may be a mask
 
 
-def _plan(entry: Entry, recipe: Recipe) -> _Plan:
+def _plan(entry: Entry, recipe: Recipe) -> Plan:
     rule = recipe.rule_for(entry.name, entry.kind)
     if entry.reason is not None:
-        return _Plan(entry, None, entry.reason)
+        return Plan(entry, None, entry.reason)
     if rule is None:
-        return _Plan(entry, None, "no rule of the recipe matches it")
+        return Plan(entry, None, "no rule of the recipe matches it")
     if rule.scheme is None:
-        return _Plan(entry, None, f"ignored by {rule.match!r}")
+        return Plan(entry, None, f"ignored by {rule.match!r}")
     if lacks := QUANTIZED[type(entry.module)].lacks(rule.scheme):
-        return _Plan(entry, None, f"a quantized {entry.kind} {lacks} ({rule.scheme.name})")
-    return _Plan(entry, rule, None)
+        return Plan(entry, None, f"a quantized {entry.kind} {lacks} ({rule.scheme.name})")
+    return Plan(entry, rule, None)
 
 
-def _agree(plans: list[_Plan]) -> list[_Plan]:
+def _agree(plans: list[Plan]) -> list[Plan]:
     """Owners of one weight follow one rule: if any is left in float, all are."""
-    by_owner: dict[str, list[_Plan]] = {}
+    by_owner: dict[str, list[Plan]] = {}
     for plan in plans:
         by_owner.setdefault(plan.entry.tied_to or plan.entry.name, []).append(plan)
 
-    def settle(plan: _Plan) -> _Plan:
+    def settle(plan: Plan) -> Plan:
         family = by_owner[plan.entry.tied_to or plan.entry.name]
         left = next((p for p in family if p.rule is None), None)
         if plan.rule is None:
             return plan
         if left is not None:
-            return _Plan(
+            return Plan(
                 plan.entry, None, f"shares its weight with {left.entry.name}, left in float"
             )
         return replace(plan, rule=family[0].rule)
@@ -175,7 +185,7 @@ def _agree(plans: list[_Plan]) -> list[_Plan]:
     return [settle(plan) for plan in plans]
 
 
-def _nothing(plans: list[_Plan]) -> CoverageError:
+def _nothing(plans: list[Plan]) -> CoverageError:
     reasons = sorted({f"{p.entry.kind}: {p.reason}" for p in plans})
     return CoverageError(
         "nothing was quantized: no layer of the model matched",
@@ -197,7 +207,7 @@ def _copy(model: nn.Module, replaced: list[nn.Module]) -> nn.Module:
 
 def _quantize_layer(
     model: nn.Module,
-    plan: _Plan,
+    plan: Plan,
     layers: Mapping[str, QLayer],
     rows: Mapping[str, LayerRow],
     stats: Stats | None,
@@ -219,8 +229,8 @@ def _quantize_layer(
         )
     weight = module.weight.detach()
     if module.bias is not None:
-        check_finite(module.bias.detach(), _join(entry.name, "bias"))
-    spec, full_name = rule.scheme.weight, _join(entry.name, "weight")
+        check_finite(module.bias.detach(), join(entry.name, "bias"))
+    spec, full_name = rule.scheme.weight, join(entry.name, "weight")
     # A layer that the data never reached has no statistics; its row says which way it went.
     if stats is not None and stats.vectors:
         algorithm = rule.algorithm
@@ -237,12 +247,13 @@ def _quantize_layer(
         algorithm=algorithm,
         bits_per_weight=round(q.bits_per_weight, 4),
         sqnr_db=_sqnr(weight.flatten(1), q),
-        note="; ".join(filter(None, (_short_group(q), _unreached(rule, algorithm)))) or None,
+        note="; ".join(filter(None, (short_group(q), _unreached(rule, algorithm)))) or None,
     )
     return quantized.from_float(module, q, rule.scheme.input, input_qparams), row
 
 
-def _join(name: str, leaf: str) -> str:
+def join(name: str, leaf: str) -> str:
+    """The full name of a tensor of the module ``name``."""
     return f"{name}.{leaf}" if name else leaf
 
 
@@ -251,7 +262,7 @@ def _sqnr(weight: Tensor, q: QTensor) -> float | None:
     return value if value is None else round(value, 3)
 
 
-def _short_group(q: QTensor) -> str | None:
+def short_group(q: QTensor) -> str | None:
     """A group size that does not divide the row is legal, and said."""
     size, columns = q.spec.group_size, q.shape[1]
     if size == 0 or columns % size == 0:
@@ -265,7 +276,8 @@ def _unreached(rule: Rule, algorithm: str) -> str | None:
     return None if algorithm == rule.algorithm else f"{algorithm}: no calibration data reached it"
 
 
-def _left(entry: Entry, reason: str | None) -> LayerRow:
+def left_row(entry: Entry, reason: str | None) -> LayerRow:
+    """The row of a module that stays in float."""
     return LayerRow(entry.name, entry.kind, entry.shape, entry.parameters, reason=reason)
 
 

@@ -18,7 +18,6 @@ from qkit.targets.artifact import (
     CHECK,
     PROGRAM,
     REPORT,
-    WEIGHTS,
     Artifact,
     read_artifact,
     write_meta,
@@ -57,14 +56,7 @@ def save(
         raise UsageError("the model has no quantized layers", fix="qkit.quantize(model, scheme)")
     out = Path(path)
     with staged(out, overwrite=overwrite) as folder, eval_mode(qmodel):
-        meta = {
-            "target": "torch",
-            "scheme": report.scheme if report else None,
-            "recipe": report.recipe if report else None,
-            "builder": builder,
-            "source": source and {"kind": source.kind, "files": source.files},
-            "versions": {k: v for k, v in versions().items() if k in ("qkit", "torch")},
-        } | write_weights(qmodel, folder)
+        meta = head(report, source, builder) | write_weights(qmodel, folder)
         if source and source.kind == "hf-folder" and report:
             copy_config(Path(source.path), folder)
         remark = None
@@ -84,11 +76,24 @@ def save(
             trust_pickle=trust_pickle,
         )
         if report is not None:
-            _complete(report, result, remark, folder, source, out)
-            if start is not None:
-                fill_cost(report, start)
-            _write(report, folder)
+            if remark:
+                report.remarks.append(f"no program.pt2: {remark}")
+            complete(report, result, folder, source, out, start)
     return read_artifact(out)
+
+
+def head(
+    report: Report | None, source: Source | None, builder: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What ``qkit.json`` says about the run."""
+    return {
+        "target": "torch",
+        "scheme": report.scheme if report else None,
+        "recipe": report.recipe if report else None,
+        "builder": builder,
+        "source": source and {"kind": source.kind, "files": source.files},
+        "versions": {k: v for k, v in versions().items() if k in ("qkit", "torch")},
+    }
 
 
 def _write(report: Report, folder: Path) -> None:
@@ -101,18 +106,18 @@ def _write(report: Report, folder: Path) -> None:
     (folder / REPORT).write_text(text, encoding="utf-8")
 
 
-def _complete(
+def complete(
     report: Report,
     result: dict[str, Any],
-    remark: str | None,
     folder: Path,
     source: Source | None,
     out: Path,
+    start: float | None,
 ) -> None:
+    """Fill in what is known once the artifact in ``folder`` is verified; write the report there."""
     report.verification = result
-    if remark:
-        report.remarks.append(f"no program.pt2: {remark}")
-    report.size_bytes["artifact"] = (folder / WEIGHTS).stat().st_size
+    artifact = read_artifact(folder)
+    report.size_bytes["artifact"] = sum(path.stat().st_size for path in artifact.weights)
     if source is not None:
         report.source = {"path": Path(source.path).name, "kind": source.kind, "files": source.files}
         weights = [f["bytes"] for name, f in source.files.items() if name != "config.json"]
@@ -120,6 +125,9 @@ def _complete(
     size = report.size_bytes
     size["ratio"] = round(size["artifact"] / size["source"], 4)
     report.artifact = str(out)
+    if start is not None:
+        fill_cost(report, start)
+    _write(report, folder)
 
 
 def check_budgets(

@@ -25,10 +25,11 @@ from qkit.errors import QkitError
 from qkit.flows.check import inputs_of, layer_outputs
 from qkit.models import load as load_model
 from qkit.models import resolve_factory, run
+from qkit.models.checkpoint import Checkpoint, open_folder
 from qkit.report import peak_rss_bytes
-from qkit.targets.artifact import WEIGHTS, read_artifact
+from qkit.targets.artifact import read_artifact
 from qkit.targets.program import load_program
-from qkit.targets.torch import load, read_tensors, save_tensors, with_aliases
+from qkit.targets.torch import load, read_weights, save_tensors, with_aliases
 
 
 def main(job_path: str) -> int:
@@ -53,11 +54,12 @@ def _do(job: dict[str, Any]) -> None:
     for way in job["ways"]:
         start = time.perf_counter()
         if way == "layers":
-            tensors = read_tensors(artifact.path / WEIGHTS)
-            outputs |= layer_outputs(artifact, with_aliases(artifact, tensors))
+            # One tensor at a time: the artifact may be larger than memory.
+            entries = with_aliases(artifact, open_folder(artifact.path).entries)
+            outputs |= layer_outputs(artifact, Checkpoint(entries))
             continue
         if way == "program":
-            model = load_program(artifact, read_tensors(artifact.path / WEIGHTS))
+            model = load_program(artifact, read_weights(artifact))
         else:
             model = load(artifact.path, into=_architecture(job))
         facts[f"{way}_load_seconds"] = round(time.perf_counter() - start, 3)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -26,15 +26,23 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"cannot read the safetensors file: {error}", where=str(path)) from error
 
 
+T = TypeVar("T")
+
+
 def read_tensors(folder: Path, *, trust: bool) -> dict[str, Tensor]:
-    """All tensors of the folder; of shards, exactly those that the index names.
+    """All tensors of the folder, merged as :func:`merge` says."""
+    return merge(folder, lambda path: _read_file(path, trust=trust))
+
+
+def merge(folder: Path, read: Callable[[Path], Mapping[str, T]]) -> dict[str, T]:
+    """What ``read`` finds in the weight files; of shards, exactly those that the index names.
 
     Raises :class:`~qkit.errors.InputError` for a tensor that is missing or stands in two shards.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, T] = {}
     origin: dict[str, str] = {}
     for path in weight_files(folder):
-        for name, tensor in _read_file(path, trust=trust).items():
+        for name, tensor in read(path).items():
             if name in tensors:
                 raise InputError(
                     "a tensor stands in two shards",
@@ -49,10 +57,14 @@ def read_tensors(folder: Path, *, trust: bool) -> dict[str, Tensor]:
 def _read_file(path: Path, *, trust: bool) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    state = read_pickle(path, sniff(path), trust=trust)
+    return dict(check_state_dict(read_pickle(path, sniff(path), trust=trust), path))
+
+
+def check_state_dict(state: Any, path: Path) -> Mapping[str, Any]:
+    """``state``, refused with :class:`~qkit.errors.InputError` if it is not one with names."""
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise InputError("not a state dict", where=str(path), got=f"a {type(state).__name__}")
-    return dict(state)
+    return state
 
 
 def _check_index(folder: Path, origin: dict[str, str]) -> None:

@@ -110,7 +110,7 @@ def _check_model(model: nn.Module, where: str) -> None:
 def _read(path: Path, kind: str, trust: bool, has_factory: bool) -> Loaded:
     source = Source(str(path), kind, {})
     if kind == SAFETENSORS:
-        return _tensors(source, read_safetensors(path))
+        return as_state_dict(source, read_safetensors(path))
     if kind == TORCHSCRIPT:
         return _read_torchscript(path, source)
     if kind == EXPORT:
@@ -118,7 +118,7 @@ def _read(path: Path, kind: str, trust: bool, has_factory: bool) -> Loaded:
         return Loaded(source, model=model, example_inputs=inputs)
     if kind == FOLDER:
         return _read_folder(path, source, trust, has_factory)
-    return _from_object(read_pickle(path, kind, trust=trust), source)
+    return from_object(read_pickle(path, kind, trust=trust), source)
 
 
 def _read_folder(path: Path, source: Source, trust: bool, has_factory: bool) -> Loaded:
@@ -129,7 +129,7 @@ def _read_folder(path: Path, source: Source, trust: bool, has_factory: bool) -> 
             model, name, notes = built
             source = replace(source, notes=tuple(notes))
             return Loaded(source, model=model, builder={"kind": "transformers", "class": name})
-    loaded = _tensors(source, read_folder(path, trust=trust))
+    loaded = as_state_dict(source, read_folder(path, trust=trust))
     if has_factory or config is None:
         return loaded
     note = "the architecture was not built (pip install 'qkit-torch[hf]'): tensors only"
@@ -139,10 +139,10 @@ def _read_folder(path: Path, source: Source, trust: bool, has_factory: bool) -> 
 def _read_torchscript(path: Path, source: Source) -> Loaded:
     """TorchScript is not Python and is not run here: only its tensors and class names are taken."""
     state, kinds = read_script(path)
-    return replace(_tensors(source, state), layer_kinds=kinds)
+    return replace(as_state_dict(source, state), layer_kinds=kinds)
 
 
-def _from_object(value: Any, source: Source) -> Loaded:
+def from_object(value: Any, source: Source) -> Loaded:
     """The model or state dict in an unpickled object, wherever a training loop put it."""
     if isinstance(value, nn.Module):
         try:
@@ -152,7 +152,7 @@ def _from_object(value: Any, source: Source) -> Loaded:
     if not isinstance(value, Mapping):
         raise InputError("not a model", where=source.path, got=f"a {type(value).__name__}")
     if _is_state_dict(value):
-        return _tensors(source, value)
+        return as_state_dict(source, value)
     found = {
         key: below for key, below in value.items() if isinstance(key, str) and _is_model(below)
     }
@@ -163,7 +163,7 @@ def _from_object(value: Any, source: Source) -> Loaded:
         raise InputError(problem, where=source.path, got=f"entries: {keys}", wanted="a state dict")
     key = known[0] if known else next(iter(found))
     source = replace(source, notes=(*source.notes, f"took the entry {key!r} of the checkpoint"))
-    return _from_object(found[key], source)
+    return from_object(found[key], source)
 
 
 def _module(model: nn.Module, source: Source) -> Loaded:
@@ -189,7 +189,8 @@ def _is_model(value: object) -> bool:
     return isinstance(value, nn.Module) or _is_state_dict(value)
 
 
-def _tensors(source: Source, state: Mapping[str, Any]) -> Loaded:
+def as_state_dict(source: Source, state: Mapping[str, Any]) -> Loaded:
+    """The tensors of ``state`` without the prefixes of wrappers; at least one."""
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     notes = list(source.notes)
     if dropped := [name for name in state if name not in tensors]:

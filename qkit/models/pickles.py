@@ -57,8 +57,11 @@ def allowed() -> tuple[Callable[..., Any], ...]:
     return tuple(found)
 
 
-def read_pickle(path: Path, kind: str, *, trust: bool) -> Any:
+def read_pickle(path: Path, kind: str, *, trust: bool, device: str = "cpu") -> Any:
     """The object that ``torch.save`` wrote to ``path``, on the CPU.
+
+    On the device ``"meta"`` no values are read; torch then notes where each storage lies in the
+    file (its ``_checkpoint_offset``).
 
     Raises :class:`~qkit.errors.UnsafePickleError` if the file names anything that is not allowed
     and is not trusted, :class:`~qkit.errors.InputError` if it cannot be read.
@@ -69,9 +72,8 @@ def read_pickle(path: Path, kind: str, *, trust: bool) -> Any:
             if kind == LEGACY and not trust:
                 data = without_sources(path.read_bytes())
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            return torch.load(
-                path, map_location="cpu", weights_only=not trust, mmap=_mappable(path, kind)
-            )
+            mmap = _mappable(path, kind) if device == "cpu" else None
+            return torch.load(path, map_location=device, weights_only=not trust, mmap=mmap)
     except Exception as error:  # a corrupt pickle raises whatever its bytes lead to
         if not trust and (names := _refused(path, kind)):
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -73,16 +73,19 @@ def tree(state_dict: Mapping[str, Tensor], kinds: Mapping[str, str] | None = Non
 
 
 def _parameters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Float tensors as Parameters; those that are the same memory, the same Parameter."""
+    """Float tensors as Parameters; those that are the same memory, the same Parameter.
+
+    On the meta device there is no memory; there, the same tensor is.
+    """
     made: dict[tuple, nn.Parameter] = {}
 
     def parameter(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
-        memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        place = id(tensor) if tensor.is_meta and tensor.numel() else tensor.data_ptr()
+        memory = (place, tensor.shape, tensor.stride(), tensor.dtype)
         new = nn.Parameter(tensor.detach(), requires_grad=False)
-        # Empty tensors and those on the meta device have no memory to share.
-        return made.setdefault(memory, new) if tensor.data_ptr() else new
+        return made.setdefault(memory, new) if place else new  # an empty tensor has no memory
 
     return {key: parameter(tensor) for key, tensor in state_dict.items()}
 

@@ -1,7 +1,8 @@
 """The artifact: a folder of plain files, listed with their hashes in ``qkit.json``.
 
 ======================  ==========================================================================
-``model.safetensors``   every tensor once, quantized ones in the layout of ``qkit.packing.store``
+``model.safetensors``   every tensor once, quantized ones in the layout of ``qkit.packing.store``;
+                        or shards of it, with ``model.safetensors.index.json``
 ``qkit.json``           format version, per-layer spec, ties, recipe, source hashes, versions,
                         how to rebuild the architecture, the hashes of the files below, and
                         last its own (of the text with this last hash left empty)
@@ -31,6 +32,7 @@ from qkit.spec.plain import show, take
 
 FORMAT_VERSION = 1
 META, WEIGHTS, PROGRAM = "qkit.json", "model.safetensors", "program.pt2"
+INDEX = "model.safetensors.index.json"
 CHECK, REPORT, ARCHITECTURE = "check.safetensors", "report.json", "architecture.json"
 
 
@@ -115,6 +117,12 @@ class Artifact:
             raise InputError(
                 f"{META} is corrupt: {key}: {error}", where=str(self.path / META)
             ) from error
+
+    @property
+    def weights(self) -> list[Path]:
+        """The files that hold the tensors: one, or the shards that the index names."""
+        names = [name for name in self.files if name.endswith(".safetensors") and name != CHECK]
+        return [self.path / name for name in sorted(names)]
 
     @property
     def size_bytes(self) -> dict[str, int]:
@@ -227,7 +235,7 @@ def read_artifact(path: str | Path) -> Artifact:
 def check_files(artifact: Artifact) -> None:
     """Raise :class:`~qkit.errors.InputError` if a file is missing or is not the one written."""
     files = artifact.files
-    if unlisted := {WEIGHTS, CHECK} - files.keys():
+    if unlisted := {CHECK, INDEX if INDEX in files else WEIGHTS} - files.keys():
         raise InputError(
             f"{META} is corrupt: it does not list {', '.join(sorted(unlisted))}",
             where=str(artifact.path / META),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qkit.errors import InputError, QkitError, UsageError
 from qkit.models import skeleton
+from qkit.models.folder import read_tensors as read_folder
 from qkit.nn import QUANTIZED, QLayer, swap
 from qkit.nn.layer import stored_name
 from qkit.numerics import dequantize
@@ -25,6 +26,7 @@ from qkit.packing import from_tensors, tensor_specs
 from qkit.spec import Scheme
 from qkit.targets.artifact import (
     ARCHITECTURE,
+    INDEX,
     META,
     PROGRAM,
     WEIGHTS,
@@ -35,6 +37,7 @@ from qkit.targets.artifact import (
 from qkit.targets.program import load_program
 
 Into = nn.Module | Callable[[], nn.Module]
+T = TypeVar("T")
 LAYERS = {layer.__name__: (layer, kind) for kind, layer in QUANTIZED.items()}
 
 
@@ -49,6 +52,13 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
 
 def write_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
     """Write every tensor of ``model`` once; return what ``qkit.json`` says about them."""
+    unique, facts = describe_weights(model)
+    save_tensors(unique, folder / WEIGHTS)
+    return facts
+
+
+def describe_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of ``model`` to store, each once, and what ``qkit.json`` says about them."""
     first: dict[int, str] = {}
     unique: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -58,7 +68,6 @@ def write_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
         else:
             first[id(tensor)] = name
             unique[name] = tensor
-    save_tensors(unique, folder / WEIGHTS)
     layers = {
         name: {
             "class": type(layer).__name__,
@@ -75,7 +84,7 @@ def write_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
         for name, owner, attribute, _ in _tensors(model)
         if attribute in owner._buffers and not isinstance(owner, QLayer)
     ]
-    return {"layers": layers, "aliases": aliases, "buffers": buffers}
+    return unique, {"layers": layers, "aliases": aliases, "buffers": buffers}
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -114,6 +123,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"cannot read the weights: {error}", where=str(path)) from error
 
 
+def read_weights(artifact: Artifact) -> dict[str, Tensor]:
+    """The tensors of the artifact's weights file or shards, mapped from disk.
+
+    Raises :class:`~qkit.errors.InputError` for a shard that is missing or unreadable, and where
+    the index and the shards do not agree.
+    """
+    if (artifact.path / INDEX).is_file() and not (artifact.path / WEIGHTS).is_file():
+        return read_folder(artifact.path, trust=False)
+    return read_tensors(artifact.path / WEIGHTS)
+
+
 def load(path: str | Path, into: Into | None = None) -> nn.Module:
     """The quantized model of the artifact ``path``, in eval mode.
 
@@ -127,7 +147,7 @@ def load(path: str | Path, into: Into | None = None) -> nn.Module:
     missing, unexpected or misshapen; :class:`~qkit.errors.UsageError` if ``into`` is needed.
     """
     artifact = read_artifact(path)
-    tensors = read_tensors(artifact.path / WEIGHTS)
+    tensors = read_weights(artifact)
     builder = artifact.builder or {"kind": "none"}
     if into is None and builder["kind"] != "transformers":
         if PROGRAM in artifact.files:
@@ -224,12 +244,12 @@ def _check_shape(name: str, module: nn.Module, facts: LayerFacts) -> None:
         )
 
 
-def with_aliases(artifact: Artifact, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` (of the weights file) under all of their names."""
+def with_aliases(artifact: Artifact, tensors: Mapping[str, T]) -> dict[str, T]:
+    """``tensors`` (of the weights file), or what stands for them, under all of their names."""
     aliases = artifact.aliases
     if lost := sorted(set(aliases.values()) - tensors.keys()):
         raise InputError(
-            "a shared tensor is missing", where=str(artifact.path / WEIGHTS), got=", ".join(lost)
+            "a shared tensor is missing", where=str(artifact.path), got=", ".join(lost)
         )
     return {**tensors, **{name: tensors[target] for name, target in aliases.items()}}
 
@@ -254,7 +274,7 @@ def _unpack(
 
 def float_tensors(artifact: Artifact) -> dict[str, Tensor]:
     """The tensors of the model as it was before, with every quantized weight dequantized."""
-    tensors = with_aliases(artifact, read_tensors(artifact.path / WEIGHTS))
+    tensors = with_aliases(artifact, read_weights(artifact))
     floats: dict[int, Tensor] = {}
     for name, facts in artifact.layers.items():
         _unpack(name, facts, tensors, floats)
