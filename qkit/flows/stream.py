@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from qkit.models.loaded import Source, facts_of
 from qkit.models.sniff import FOLDER
 from qkit.nn import QUANTIZED, Entry, QLayer, swap, tree
 from qkit.numerics import QParams, QTensor, check_finite, code_dtype, dequantize, quantize_minmax
-from qkit.packing import to_tensors
+from qkit.packing import tensor_specs, to_tensors
 from qkit.packing.store import Stored, matrix_shape
 from qkit.report import LayerRow, Report, coverage
 from qkit.report.metrics import sqnr_db
@@ -77,8 +79,7 @@ def stream_file(
     told(f"opened {request.path}: {source.kind}, {len(source)} tensors")
     report = new_report(scheme, request.target, recipe, [_expected_row(plan) for plan in plans])
     check_budgets(report, min_coverage=request.min_coverage)
-    with staged(out, overwrite=request.overwrite) as folder, ThreadPoolExecutor(1) as pool:
-        hashes = pool.submit(facts_of, source.files)
+    with staged(out, overwrite=request.overwrite) as folder, _hashing(source.files) as hashes:
         work = _Work(source, model, plans)
         with as_output_error(out):
             writer = ShardWriter(folder, work.stored, shard_bytes)
@@ -97,6 +98,17 @@ def stream_file(
         report.remarks += [*source.notes, f"{work.megabytes / seconds:.0f} MB/s of the source"]
         complete(report, result, folder, about, out, start)
     return report
+
+
+@contextmanager
+def _hashing(files: Sequence[Path]) -> Iterator[Future[dict[str, Any]]]:
+    """The facts of the source's files, found by a thread that ends with the block."""
+    stop = Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(facts_of, files, stop)
+        finally:
+            stop.set()
 
 
 def _resolve(request: Request) -> tuple[Scheme, Recipe]:
@@ -195,7 +207,7 @@ class _Work:
         tensors, self.facts = describe_weights(swap(model, made))
         self.stored = {n: Stored(tuple(t.shape), t.dtype) for n, t in tensors.items()}
         codes = {
-            join(name, key) for name, each in self.layers.items() for key in each.layer._stored()
+            join(name, key) for name, each in self.layers.items() for key in _names(each.layer)
         }
         self.copied = [name for name in tensors if name not in codes]
         self.biases = {join(name, "bias") for name in made}
@@ -268,7 +280,7 @@ class _Work:
             step(each.weight, block)
         tensors["weight_shape"] = torch.tensor(layer.weight_size, dtype=torch.int64)
         for key in WHOLE:
-            if key in layer._stored():
+            if key in _names(layer):
                 writer.write(join(entry.name, key), 0, tensors[key])
         self.checks[f"layers.{entry.name}"] = torch.cat(outputs, dim=-1)
         value = sqnr_db(signal, noise)
@@ -289,6 +301,11 @@ class _Work:
         if x.numel() > BLOCK:
             return None
         return self._codes[: x.numel()].view(code_dtype(spec.format)).view(x.shape)
+
+
+def _names(layer: QLayer) -> list[str]:
+    """The tensors that a weight is stored as."""
+    return list(tensor_specs(layer.weight_size, layer.spec, layer.acts))
 
 
 def _rows(q: QTensor, count: int) -> QTensor:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,13 +42,13 @@ class Loaded:
     example_inputs: Inputs | None = None
 
 
-def facts_of(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Name, SHA-256 and size of each file."""
+def facts_of(files: Sequence[Path], stop: Event | None = None) -> dict[str, dict[str, Any]]:
+    """Name, SHA-256 and size of each file; cut short, and worthless, once ``stop`` is set."""
     facts = {}
     for path in files:
         digest = hashlib.sha256()
         with path.open("rb") as file:
-            while piece := file.read(1 << 20):
+            while not (stop and stop.is_set()) and (piece := file.read(1 << 20)):
                 digest.update(piece)
         facts[path.name] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
     return facts
