@@ -7,6 +7,7 @@
 #include <cstring>
 #include <utility>
 
+#include "scale.h"
 #include "table.h"
 #include "target.h"
 
@@ -54,7 +55,7 @@ void range(const float* x, int64_t n, int64_t block, float* lo, float* hi) {
 }
 
 void quantize(const float* x, int64_t n, int64_t block, const float* scale,
-                const int8_t* zero_point, int32_t qmin, int32_t qmax, int8_t* codes) {
+              const int8_t* zero_point, int32_t qmin, int32_t qmax, int8_t* codes) {
     __m512 least = _mm512_set1_ps((float)qmin), greatest = _mm512_set1_ps((float)qmax);
     for (int64_t start = 0; start < n; start += block, ++scale) {
         int64_t stop = start + block < n ? start + block : n, i = start;

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "scale.h"
 #include "table.h"
 #include "target.h"
 

@@ -13,6 +13,7 @@
 #endif
 
 #include "pool.h"
+#include "scale.h"
 #include "table.h"
 
 namespace {
@@ -71,20 +72,7 @@ Rows shape(int64_t rows, int64_t columns, int64_t block) {
     return {rows, columns, block, block > 0 ? (columns + block - 1) / block : 0};
 }
 
-// The least normal fp32 number that is at least x, which is not negative.
-float round_up(double x) {
-    float y = (float)x;
-    if ((double)y < x) {
-        uint32_t bits;
-        std::memcpy(&bits, &y, 4);
-        ++bits;
-        std::memcpy(&y, &bits, 4);
-    }
-    return y < 0x1p-126f ? 0x1p-126f : y;
-}
-
-// The scale (and zero point) of the range [lo, hi], by the rules and in the order of rounding of
-// qkit.numerics.affine; false where it overflows or is not finite.
+// The scale (and zero point) of the range [lo, hi]; false where it overflows or is not finite.
 bool choose(double lo, double hi, int32_t qmin, int32_t qmax, float* scale, int8_t* zero_point) {
     double below = -lo, exact, farthest;
     double greater = below > hi ? below : hi, lesser = below > hi ? hi : below;
@@ -99,8 +87,7 @@ bool choose(double lo, double hi, int32_t qmin, int32_t qmax, float* scale, int8
     }
     float s = round_up(exact);
     if (zero_point) {
-        double zero = qmin - std::nearbyint(lo / (double)s);
-        zero = zero < qmin ? qmin : zero > qmax ? qmax : zero;
+        int32_t zero = zero_point_of(lo, s, qmin, qmax);
         *zero_point = (int8_t)zero;
         farthest = qmax - zero > zero - qmin ? qmax - zero : zero - qmin;
     } else {
@@ -173,7 +160,7 @@ QKIT_API int32_t qkit_quantize_minmax(const float* x, int64_t rows, int64_t colu
                                       int8_t* codes, int32_t threads) {
     Rows m = shape(rows, columns, block);
     if (m.blocks == 0) return 1;
-    if (m.blocks == 1) m.block = m.columns;
+    if (m.blocks == 1) m.block = m.columns;  // a block that is longer than the row ends with it
     std::atomic<bool> good{true};
     // A run of n values that blocks cut in pieces, the first of them number `at`.
     auto run = [&](const float* from, int64_t n, int64_t at, int8_t* to) {

@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <utility>
 
+#include "scale.h"
 #include "table.h"
 
 namespace {

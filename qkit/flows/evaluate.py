@@ -133,21 +133,23 @@ def fill_outputs(report: Report, model: nn.Module, qmodel: nn.Module, inputs: In
         )
 
 
-def fill_weight_error(report: Report) -> None:
-    """Without inputs, the error is that of the weights: all rows as one signal."""
+NO_INPUTS = (
+    "no inputs are known, so outputs were not compared and nothing was timed; the error is the "
+    "worst layer's weight SQNR (give --input, --calib or --model)"
+)
+
+
+def fill_weight_error(report: Report, remark: str = NO_INPUTS) -> None:
+    """Where outputs are not compared, the error is that of the worst layer's weight."""
     values = [row.sqnr_db for row in report.layers if row.scheme and row.sqnr_db is not None]
-    worst = min(values) if values else None
     report.error = {
-        "sqnr_db": worst,
+        "sqnr_db": min(values, default=None),
         "cosine": None,
         "max_abs": None,
         "level": "weights",
         "inputs": None,
     }
-    report.remarks.append(
-        "no inputs are known, so outputs were not compared and nothing was timed; the error is the "
-        "worst layer's weight SQNR (give --input, --calib or --model)"
-    )
+    report.remarks.append(remark)
 
 
 def fill_latency(

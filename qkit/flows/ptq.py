@@ -147,9 +147,14 @@ def _check_tensors(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise InputError("the model has no values: a tensor is on the meta device", where=name)
-        lazy = isinstance(tensor, UninitializedParameter | UninitializedBuffer)
-        if not lazy and tensor.is_floating_point() and tensor.isnan().any():
-            check_finite(tensor.detach(), name)  # NaN is damage anywhere, infinity may be a mask
+        if not isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            check_damage(tensor.detach(), name)
+
+
+def check_damage(tensor: Tensor, name: str) -> None:
+    """Refuse NaN, which is damage anywhere; infinity may be a mask."""
+    if tensor.is_floating_point() and tensor.isnan().any():
+        check_finite(tensor, name)
 
 
 def _plan(entry: Entry, recipe: Recipe) -> Plan:
@@ -223,10 +228,7 @@ def _quantize_layer(
         layer.share_weight(layers[entry.tied_to])
         if input_qparams is not None:
             layer.set_input_range(input_qparams)
-        note = f"tied to {entry.tied_to}"
-        return layer, replace(
-            rows[entry.tied_to], name=entry.name, parameters=entry.parameters, note=note
-        )
+        return layer, tied_row(entry, rows[entry.tied_to])
     weight = module.weight.detach()
     if module.bias is not None:
         check_finite(module.bias.detach(), join(entry.name, "bias"))
@@ -238,16 +240,13 @@ def _quantize_layer(
     else:
         algorithm = rule.algorithm if rule.algorithm in DATA_FREE else "rtn"
         q = DATA_FREE[algorithm](weight.flatten(1), spec, name=full_name)
-    row = LayerRow(
-        entry.name,
-        entry.kind,
-        tuple(weight.shape),
-        entry.parameters,
-        scheme=rule.scheme.name,
-        algorithm=algorithm,
-        bits_per_weight=round(q.bits_per_weight, 4),
-        sqnr_db=_sqnr(weight.flatten(1), q),
-        note="; ".join(filter(None, (short_group(q), _unreached(rule, algorithm)))) or None,
+    row = quantized_row(
+        entry,
+        rule.scheme.name,
+        algorithm,
+        q.bits_per_weight,
+        tensor_sqnr_db(weight.flatten(1), dequantize(q)),
+        "; ".join(filter(None, (short_group(q), _unreached(rule, algorithm)))) or None,
     )
     return quantized.from_float(module, q, rule.scheme.input, input_qparams), row
 
@@ -257,9 +256,32 @@ def join(name: str, leaf: str) -> str:
     return f"{name}.{leaf}" if name else leaf
 
 
-def _sqnr(weight: Tensor, q: QTensor) -> float | None:
-    value = tensor_sqnr_db(weight, dequantize(q))
-    return value if value is None else round(value, 3)
+def quantized_row(
+    entry: Entry,
+    scheme: str,
+    algorithm: str,
+    bits_per_weight: float,
+    sqnr_db: float | None,
+    note: str | None,
+) -> LayerRow:
+    """The row of a module that is quantized."""
+    return LayerRow(
+        entry.name,
+        entry.kind,
+        entry.shape,
+        entry.parameters,
+        scheme=scheme,
+        algorithm=algorithm,
+        bits_per_weight=round(bits_per_weight, 4),
+        sqnr_db=sqnr_db if sqnr_db is None else round(sqnr_db, 3),
+        note=note,
+    )
+
+
+def tied_row(entry: Entry, first: LayerRow) -> LayerRow:
+    """The row of a module whose weight is that of the module of the row ``first``."""
+    note = f"tied to {entry.tied_to}"
+    return replace(first, name=entry.name, parameters=entry.parameters, note=note)
 
 
 def short_group(q: QTensor) -> str | None:

@@ -215,6 +215,18 @@ class Request:
     seed: int = 0
 
 
+def resolve_request(request: Request) -> tuple[Scheme, Recipe]:
+    """:func:`resolve_recipe` of the options of a run."""
+    return resolve_recipe(
+        request.scheme,
+        ignore=request.ignore,
+        group_size=request.group_size,
+        target=request.target,
+        algorithm=request.algorithm,
+        calibrated=request.calib is not None,
+    )
+
+
 def default_output(path: str, scheme: str) -> str:
     """``model.pt`` with w8a16 is written to ``model-w8a16`` in the working directory.
 
@@ -240,14 +252,7 @@ def quantize_file(
     :func:`qkit.flows.save.save` raise; nothing is left at the output then.
     """
     start = time.perf_counter()
-    scheme, recipe = resolve_recipe(
-        request.scheme,
-        ignore=request.ignore,
-        group_size=request.group_size,
-        target=request.target,
-        algorithm=request.algorithm,
-        calibrated=request.calib is not None,
-    )
+    scheme, recipe = resolve_request(request)
     out = Path(request.output or default_output(request.path, scheme.name))
     check_destination(out, overwrite=request.overwrite)
     told(scheme.long_form())

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -23,9 +23,20 @@ from torch import Tensor, nn
 
 from qkit.errors import RequestError, UsageError
 from qkit.flows.check import weight_output
-from qkit.flows.evaluate import new_report
-from qkit.flows.ptq import Plan, Progress, join, left_row, no_progress, plan_layers, short_group
-from qkit.flows.quantize import Request, default_output, resolve_recipe
+from qkit.flows.evaluate import fill_weight_error, new_report
+from qkit.flows.ptq import (
+    Plan,
+    Progress,
+    check_damage,
+    join,
+    left_row,
+    no_progress,
+    plan_layers,
+    quantized_row,
+    short_group,
+    tied_row,
+)
+from qkit.flows.quantize import Request, default_output, resolve_request
 from qkit.flows.save import check_budgets, complete, head
 from qkit.flows.verify import verify
 from qkit.models.checkpoint import Checkpoint, open_checkpoint
@@ -47,6 +58,10 @@ from qkit.targets.torch import copy_config, describe_weights, save_tensors
 BLOCK = 1 << 20
 # The error of a weight is measured on the first rows of each block, about this many values.
 SAMPLE = 1 << 16
+SAMPLED = (
+    f"streamed: outputs were not compared; the SQNR of a weight is that of a sample, the first "
+    f"rows (about {SAMPLE} values) of every {BLOCK} values, and the error that of the worst"
+)
 # One tensor of a layer that is not cut into rows.
 WHOLE = ("weight_shape", "weight_levels")
 
@@ -85,7 +100,7 @@ def stream_file(
             writer = ShardWriter(folder, work.stored, shard_bytes)
         report.layers = work.run(writer, progress)
         report.coverage = coverage(report.layers)
-        _fill_error(report)
+        fill_weight_error(report, SAMPLED)
         check_budgets(report, min_sqnr=request.min_sqnr)
         seconds = time.perf_counter() - start
         about = Source(request.path, source.kind, hashes.result(), source.notes)
@@ -121,13 +136,7 @@ def _resolve(request: Request) -> tuple[Scheme, Recipe]:
             got=", ".join(names),
             fix="leave out --stream",
         )
-    scheme, recipe = resolve_recipe(
-        request.scheme,
-        ignore=request.ignore,
-        group_size=request.group_size,
-        target=request.target,
-        algorithm=request.algorithm,
-    )
+    scheme, recipe = resolve_request(request)
     for each in (rule.scheme for rule in recipe.rules if rule.scheme is not None):
         if obstacle := _obstacle(each):
             raise RequestError(
@@ -150,24 +159,8 @@ def _obstacle(scheme: Scheme) -> str | None:
 
 def _expected_row(plan: Plan) -> LayerRow:
     """The row of a layer before it is quantized, for the coverage."""
-    row = left_row(plan.entry, plan.reason)
     scheme = plan.rule.scheme.name if plan.rule and plan.rule.scheme else None
-    return LayerRow(row.name, row.kind, row.shape, row.parameters, scheme, row.reason)
-
-
-def _fill_error(report: Report) -> None:
-    values = [row.sqnr_db for row in report.layers if row.scheme and row.sqnr_db is not None]
-    report.error = {
-        "sqnr_db": min(values, default=None),
-        "cosine": None,
-        "max_abs": None,
-        "level": "weights",
-        "inputs": None,
-    }
-    report.remarks.append(
-        f"streamed: outputs were not compared; the SQNR of a weight is that of a sample, the first "
-        f"rows (about {SAMPLE} values) of every {BLOCK} values, and the error that of the worst"
-    )
+    return replace(left_row(plan.entry, plan.reason), scheme=scheme)
 
 
 @dataclass
@@ -235,8 +228,7 @@ class _Work:
             if name in self.layers:
                 rows[name] = self._quantize(self.layers[name], writer, step)
             elif plan.rule is not None and tied is not None:
-                row = vars(rows[tied]) | {"name": name, "parameters": plan.entry.parameters}
-                rows[name] = LayerRow(**row | {"note": f"tied to {tied}"})
+                rows[name] = tied_row(plan.entry, rows[tied])
                 self.checks[f"layers.{name}"] = self.checks[f"layers.{tied}"]
             else:
                 rows[name] = left_row(plan.entry, plan.reason)
@@ -247,11 +239,7 @@ class _Work:
     def _copy(self, name: str, writer: ShardWriter, step: Callable[[str, Tensor], None]) -> None:
         offset = 0
         for _, block in self.source.blocks(name, BLOCK, self._buffer):
-            if block.is_floating_point():
-                wide = block.float() if block.element_size() == 1 else block
-                # NaN is damage anywhere, infinity may be a mask.
-                if name in self.biases or wide.isnan().any():
-                    check_finite(wide, name)
+            (check_finite if name in self.biases else check_damage)(block, name)
             writer.write(name, offset, block)
             offset += block.numel() * block.element_size()
             step(name, block)
@@ -283,18 +271,9 @@ class _Work:
             if key in _names(layer):
                 writer.write(join(entry.name, key), 0, tensors[key])
         self.checks[f"layers.{entry.name}"] = torch.cat(outputs, dim=-1)
+        bits /= math.prod(layer.weight_size)
         value = sqnr_db(signal, noise)
-        return LayerRow(
-            entry.name,
-            entry.kind,
-            layer.weight_size,
-            entry.parameters,
-            scheme=each.scheme,
-            algorithm=each.algorithm,
-            bits_per_weight=round(bits / math.prod(layer.weight_size), 4),
-            sqnr_db=value if value is None else round(value, 3),
-            note=note,
-        )
+        return quantized_row(entry, each.scheme, each.algorithm, bits, value, note)
 
     def _codes_for(self, x: Tensor, spec: QSpec) -> Tensor | None:
         """Memory for the codes of ``x``, the same for every block that fits."""

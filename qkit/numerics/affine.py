@@ -41,7 +41,7 @@ from torch import Tensor
 from qkit.errors import InputError
 from qkit.numerics import fast
 from qkit.numerics.blocks import block_range, from_blocks, per_block, to_blocks
-from qkit.numerics.tensors import QParams, QTensor, check_out
+from qkit.numerics.tensors import QParams, QTensor, check_out, into
 from qkit.numerics.values import decode, encode
 from qkit.spec import E8M0, FP32, Float, Format, Int, QSpec
 
@@ -49,6 +49,7 @@ from qkit.spec import E8M0, FP32, Float, Format, Int, QSpec
 def check_finite(x: Tensor, name: str) -> None:
     """Raise :class:`~qkit.errors.InputError`, with counts, if ``x`` holds NaN or infinity."""
     _check_real(x, name)
+    x = x.float() if x.element_size() == 1 else x  # torch does not look for infinity in all fp8
     # A sum is finite only if every term is: one cheap pass, and no mask in the common case. (The
     # sum of finite values may overflow; then they are counted.)
     if torch.isfinite(x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)):
@@ -182,7 +183,7 @@ def quantize(x: Tensor, qparams: QParams, spec: QSpec, *, out: Tensor | None = N
         codes = codes.clamp_(fmt.qmin, fmt.qmax).to(code_dtype(fmt))
     else:
         codes = encode(codes, fmt)
-    return QTensor(_into(out, from_blocks(codes, shape)), qparams, spec)
+    return QTensor(into(out, from_blocks(codes, shape)), qparams, spec)
 
 
 def quantize_minmax(
@@ -203,10 +204,6 @@ def quantize_minmax(
             codes, scale, zero_point = found
             return QTensor(codes, QParams(scale, zero_point), spec)
     return quantize(x, choose_qparams(x, spec, name=name), spec, out=out)
-
-
-def _into(out: Tensor | None, result: Tensor) -> Tensor:
-    return result if out is None else out.copy_(result)
 
 
 def dequantize(
@@ -239,10 +236,10 @@ def dequantize_blocks(
         wide = out if dtype == torch.float32 else None
         by_kernel = fast.dequantize(codes, scale, zero_point, block_shape, wide)
         if by_kernel is not None:
-            return by_kernel if by_kernel is out else _into(out, by_kernel.to(dtype))
+            return by_kernel if by_kernel is out else into(out, by_kernel.to(dtype))
     work = torch.float64 if dtype == torch.float64 else torch.float32
     blocks = to_blocks(codes, block_shape).to(work)
     if zero_point is not None:
         blocks = blocks - per_block(zero_point).to(work)
     values = from_blocks(blocks * per_block(scale).to(work), tuple(codes.shape))
-    return _into(out, values.to(dtype))
+    return into(out, values.to(dtype))

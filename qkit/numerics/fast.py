@@ -58,11 +58,6 @@ def block_range(x: Tensor, block_shape: Shape) -> tuple[Tensor, Tensor] | None:
     return lo, hi
 
 
-def _result(out: Tensor | None, shape: Shape, dtype: torch.dtype) -> Tensor:
-    """``out``, or new memory for a result."""
-    return torch.empty(shape, dtype=dtype) if out is None else out
-
-
 def quantize(
     x: Tensor,
     scale: Tensor,
@@ -80,7 +75,7 @@ def quantize(
     kernels = _kernels(*(t for t in (x, scale, zero_point, out) if t is not None))
     if kernels is None:
         return None
-    codes = _result(out, x.shape, torch.int8)
+    codes = torch.empty(x.shape, dtype=torch.int8) if out is None else out
     kernels.qkit_quantize(
         x.data_ptr(),
         *runs,
@@ -106,7 +101,8 @@ def quantize_minmax(
     if kernels is None or runs is None:
         return None
     count = [-(-n // b) for n, b in zip(x.shape, block_shape, strict=True)]
-    codes, scale = _result(out, x.shape, torch.int8), torch.empty(count)
+    codes = torch.empty(x.shape, dtype=torch.int8) if out is None else out
+    scale = torch.empty(count)
     zero_point = torch.empty(count, dtype=torch.int8) if affine else None
     good = kernels.qkit_quantize_minmax(
         x.data_ptr(),
@@ -138,7 +134,7 @@ def dequantize(
     kernels = _kernels(*(t for t in (codes, scale, zero_point, out) if t is not None))
     if kernels is None:
         return None
-    values = _result(out, codes.shape, torch.float32)
+    values = torch.empty(codes.shape, dtype=torch.float32) if out is None else out
     kernels.qkit_dequantize(
         codes.data_ptr(),
         *runs,

@@ -59,3 +59,8 @@ def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) ->
         got=f"{out.dtype} {tuple(out.shape)}, strides {out.stride()}",
         wanted=f"{dtype} {tuple(shape)}, contiguous",
     )
+
+
+def into(out: Tensor | None, result: Tensor) -> Tensor:
+    """``result``, copied to ``out`` where that is given (:func:`check_out`)."""
+    return result if out is None else out.copy_(result)

@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 
 from qkit import native
 from qkit.errors import InputError, UsageError
-from qkit.numerics.tensors import check_out
+from qkit.numerics.tensors import check_out, into
 from qkit.spec.granularity import ceil_div
 
 if sys.byteorder != "little":  # pragma: no cover
@@ -52,16 +52,19 @@ def pack(codes: Tensor, bits: int, axis: int = -1, *, out: Tensor | None = None)
     _check_bits(bits)
     if axis not in (-1, codes.ndim - 1):
         packed = pack(codes.movedim(axis, -1), bits).movedim(-1, axis)
-        return _result(out, packed.shape, torch.int32, codes.device).copy_(packed)
+        check_out(out, packed.shape, torch.int32)
+        return into(out, packed.contiguous())
     offset = 1 << (bits - 1) if _is_signed(codes) else 0
     n = codes.shape[-1]
     words = packed_words(n, bits)
-    out = _result(out, (*codes.shape[:-1], words), torch.int32, codes.device)
+    shape = (*codes.shape[:-1], words)
+    check_out(out, shape, torch.int32)
     if codes.numel() == 0:  # an empty tensor's strides cannot be reinterpreted
-        return out
+        return torch.empty(shape, dtype=torch.int32) if out is None else out
     values = codes.contiguous().view(torch.uint8)
     kernels = native.library() if codes.device.type == "cpu" else None
     if kernels is not None:
+        out = torch.empty(shape, dtype=torch.int32) if out is None else out
         rows, threads = out.numel() // words, torch.get_num_threads()
         fit = kernels.qkit_pack(
             values.data_ptr(), rows, n, bits, offset, out.data_ptr(), words * 4, threads
@@ -81,7 +84,7 @@ def pack(codes: Tensor, bits: int, axis: int = -1, *, out: Tensor | None = None)
     whole = stream.new_zeros(*codes.shape[:-1], words * 4)
     used = min(words * 4, stream.shape[-1])
     whole[..., :used] = stream[..., :used]
-    return out.copy_(whole.view(torch.int32))
+    return into(out, whole.view(torch.int32))
 
 
 def unpack(
@@ -100,23 +103,25 @@ def unpack(
     _check_bits(bits)
     if axis not in (-1, packed.ndim - 1):
         codes = unpack(packed.movedim(axis, -1), bits, n, signed=signed).movedim(-1, axis)
-        return _result(out, codes.shape, codes.dtype, packed.device).copy_(codes)
+        check_out(out, codes.shape, codes.dtype)
+        return into(out, codes.contiguous())
     if packed.dtype != torch.int32 or packed.shape[-1] != packed_words(n, bits):
         raise InputError(
             f"not {n} packed values of {bits} bits",
             got=f"{packed.dtype} of shape {tuple(packed.shape)}",
             wanted=f"int32 with {packed_words(n, bits)} words in the last dimension",
         )
-    dtype = torch.int8 if signed else torch.uint8
-    out = _result(out, (*packed.shape[:-1], n), dtype, packed.device)
+    shape, dtype = (*packed.shape[:-1], n), torch.int8 if signed else torch.uint8
+    check_out(out, shape, dtype)
     if packed.numel() == 0:
-        return out
+        return torch.empty(shape, dtype=dtype) if out is None else out
     if packed.stride(-1) != 1:  # torch calls a [1, 1] slice contiguous although its stride is not
         packed = packed.clone(memory_format=torch.contiguous_format)
     packed = packed.contiguous()
     offset = 1 << (bits - 1) if signed else 0
     kernels = native.library() if packed.device.type == "cpu" else None
     if kernels is not None:
+        out = torch.empty(shape, dtype=dtype) if out is None else out
         words, threads = packed.shape[-1], torch.get_num_threads()
         kernels.qkit_unpack(
             packed.data_ptr(), out.numel() // n, n, bits, offset, out.data_ptr(), words * 4, threads
@@ -128,14 +133,7 @@ def unpack(
     stream = pad(stream, (0, octets * bits - stream.shape[-1]))
     values = _unpack_octets(stream.reshape(*packed.shape[:-1], octets, bits), bits)
     values = values.flatten(-2).narrow(-1, 0, n)
-    return out.copy_((values - offset).view(torch.int8) if signed else values)
-
-
-def _result(
-    out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    check_out(out, shape, dtype)
-    return torch.empty(shape, dtype=dtype, device=device) if out is None else out
+    return into(out, (values - offset).view(torch.int8) if signed else values.contiguous())
 
 
 def _misfit(codes: Tensor, bits: int, offset: int) -> UsageError:

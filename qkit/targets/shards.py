@@ -50,7 +50,7 @@ class ShardWriter:
     """The files of ``tensors`` in ``folder``: :meth:`write` every byte, then :meth:`finish`.
 
     ``limit`` is the greatest size of a shard in bytes of values (a larger tensor is alone in
-    its own). With ``resume``, files that are there with the right size keep their values.
+    its own).
     """
 
     def __init__(

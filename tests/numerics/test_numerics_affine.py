@@ -353,6 +353,12 @@ def test_not_finite_is_refused_with_name_and_count(dtype, bad, count):
     assert error.value.exit_code == 3
 
 
+def test_fp8_has_no_infinity_to_look_for_but_may_be_nan():
+    x = torch.tensor([float("nan"), 1.0]).to(torch.float8_e4m3fn)
+    with pytest.raises(InputError, match="1 NaN and 0 infinite of 2 values"):
+        check_finite(x, "fc.weight")
+
+
 def test_large_finite_sums_are_not_mistaken_for_infinity():
     check_finite(torch.full((100,), FP32_MAX), "x")
     check_finite(torch.full((100,), 1e308, dtype=torch.float64), "x")
