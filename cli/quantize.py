@@ -28,6 +28,12 @@ from qkit.cli.common import (
     help="rtn; gptq (needs --calib); auto: gptq below 8 bits where there is --calib.",
 )
 @click.option("--target", default="torch", show_default=True, help="See: qkit targets.")
+@click.option(
+    "--format",
+    default="qkit",
+    show_default=True,
+    help="qkit; compressed-tensors: a Hugging Face folder that transformers loads.",
+)
 @click.option("-o", "--output", type=click.Path(), help="Folder to write [NAME-SCHEME].")
 @click.option("--group-size", type=int, help="Weights that share a scale; -1 for whole rows.")
 @click.option(

@@ -18,9 +18,18 @@ from qkit.models import Inputs
 from qkit.nn import QUANTIZED, Entry, QLayer, survey, swap
 from qkit.numerics import QParams, QTensor, cast, check_finite, dequantize
 from qkit.report import LayerRow, tensor_sqnr_db
-from qkit.spec import Float, Recipe, Rule
+from qkit.spec import Float, Recipe, Rule, Scheme
 
 Progress = Callable[[int, int, str], None]
+
+
+# Why a target or a format has no place for a layer under a scheme; None where it has.
+Obstacle = Callable[[Entry, Scheme], str | None]
+
+
+def no_obstacle(entry: Entry, scheme: Scheme) -> str | None:
+    """Every layer that qkit can quantize."""
+    return None
 
 
 def no_progress(done: int, total: int, name: str) -> None:
@@ -43,10 +52,12 @@ def quantize_module(
     calib: Inputs | None = None,
     in_place: bool = False,
     progress: Progress = no_progress,
+    obstacle: Obstacle = no_obstacle,
 ) -> tuple[nn.Module, list[LayerRow]]:
     """``model`` with every layer that ``recipe`` names quantized, and one row for each module.
 
-    ``calib`` is the data for algorithms that need some (``gptq``).
+    ``calib`` is the data for algorithms that need some (``gptq``). Layers with an ``obstacle``
+    stay in float.
     Unless ``in_place``, the model is copied; the float weights of layers that are replaced are
     shared with the original while the copy is made, not duplicated.
 
@@ -54,7 +65,7 @@ def quantize_module(
     :class:`~qkit.errors.InputError` for NaN, infinity or weights on the meta device,
     :class:`~qkit.errors.CoverageError` if nothing can be quantized.
     """
-    plans = plan_layers(model, recipe)
+    plans = plan_layers(model, recipe, obstacle)
     chosen = [plan for plan in plans if plan.rule is not None]
     _check_tensors(model)
     if not in_place:
@@ -74,7 +85,7 @@ def quantize_module(
     return model, [rows.get(plan.entry.name) or left_row(plan.entry, plan.reason) for plan in plans]
 
 
-def plan_layers(model: nn.Module, recipe: Recipe) -> list[Plan]:
+def plan_layers(model: nn.Module, recipe: Recipe, obstacle: Obstacle = no_obstacle) -> list[Plan]:
     """What ``recipe`` makes of each module of ``model``, whose values are not looked at.
 
     Raises :class:`~qkit.errors.UsageError` if a rule matches no module,
@@ -82,7 +93,7 @@ def plan_layers(model: nn.Module, recipe: Recipe) -> list[Plan]:
     """
     entries = survey(model)
     _check_rules(recipe, model)
-    plans = _agree([_plan(entry, recipe) for entry in entries])
+    plans = _agree([_plan(entry, recipe, obstacle) for entry in entries])
     if all(plan.rule is None for plan in plans):
         raise _nothing(plans)
     return plans
@@ -157,7 +168,7 @@ def check_damage(tensor: Tensor, name: str) -> None:
         check_finite(tensor, name)
 
 
-def _plan(entry: Entry, recipe: Recipe) -> Plan:
+def _plan(entry: Entry, recipe: Recipe, obstacle: Obstacle) -> Plan:
     rule = recipe.rule_for(entry.name, entry.kind)
     if entry.reason is not None:
         return Plan(entry, None, entry.reason)
@@ -167,6 +178,8 @@ def _plan(entry: Entry, recipe: Recipe) -> Plan:
         return Plan(entry, None, f"ignored by {rule.match!r}")
     if lacks := QUANTIZED[type(entry.module)].lacks(rule.scheme):
         return Plan(entry, None, f"a quantized {entry.kind} {lacks} ({rule.scheme.name})")
+    if reason := obstacle(entry, rule.scheme):
+        return Plan(entry, None, reason)
     return Plan(entry, rule, None)
 
 

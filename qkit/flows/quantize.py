@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from qkit.algorithms import CALIBRATED, DATA_FREE
-from qkit.errors import InputError, UsageError, nearest
+from qkit.errors import InputError, RequestError, UsageError, nearest
 from qkit.flows.evaluate import (
     AnyInputs,
     as_inputs,
@@ -24,13 +24,22 @@ from qkit.flows.evaluate import (
     fill_weight_error,
     new_report,
 )
-from qkit.flows.ptq import Progress, cast_module, no_progress, quantize_module
+from qkit.flows.export import save_compressed_tensors
+from qkit.flows.ptq import (
+    Obstacle,
+    Progress,
+    cast_module,
+    no_obstacle,
+    no_progress,
+    quantize_module,
+)
 from qkit.flows.save import check_budgets, save
 from qkit.models import Inputs, Loaded, from_npz, infer, parse_input_spec, run
 from qkit.models import load as load_model
 from qkit.nn import tree
 from qkit.report import Report
 from qkit.spec import Float, Int, Recipe, Scheme, parse
+from qkit.targets import COMPRESSED, check_format, compressed_tensors
 from qkit.targets import check as check_target
 from qkit.targets.staging import check_destination
 
@@ -157,6 +166,7 @@ def _quantize(
     latency: bool,
     progress: Progress,
     start: float,
+    obstacle: Obstacle = no_obstacle,
 ) -> tuple[nn.Module, Report]:
     if inputs is not None:
         with eval_mode(model):
@@ -168,7 +178,7 @@ def _quantize(
         )
     else:
         qmodel, rows = quantize_module(
-            model, recipe, calib=calib, in_place=in_place, progress=progress
+            model, recipe, calib=calib, in_place=in_place, progress=progress, obstacle=obstacle
         )
     report = new_report(scheme, "torch", recipe, rows)
     report.size_bytes = {
@@ -202,6 +212,7 @@ class Request:
     algorithm: str = AUTO
     output: str | None = None
     target: str = "torch"
+    format: str = "qkit"
     ignore: tuple[str, ...] = ()
     group_size: int | None = None
     input: str | None = None
@@ -253,6 +264,7 @@ def quantize_file(
     """
     start = time.perf_counter()
     scheme, recipe = resolve_request(request)
+    check_format(request.format, scheme)
     out = Path(request.output or default_output(request.path, scheme.name))
     check_destination(out, overwrite=request.overwrite)
     told(scheme.long_form())
@@ -261,6 +273,10 @@ def quantize_file(
     model = loaded.model if loaded.model is not None else _as_tree(loaded)
     data = _inputs(request, loaded)
     inputs = few(data)
+    compressed = request.format == COMPRESSED
+    if compressed:
+        _check_transformers(request, loaded, inputs)
+        recipe = compressed_tensors.with_scales_of(recipe, model)
     qmodel, report = _quantize(
         model,
         scheme,
@@ -271,6 +287,7 @@ def quantize_file(
         latency=not request.dry_run,
         progress=progress,
         start=start,
+        obstacle=compressed_tensors.layer_obstacle if compressed else no_obstacle,
     )
     report.target = request.target
     report.remarks += loaded.source.notes
@@ -282,6 +299,19 @@ def quantize_file(
         fill_cost(report, start)
         return report
     told(f"writing {out} and verifying it in a fresh process")
+    if compressed:
+        assert inputs is not None
+        save_compressed_tensors(
+            qmodel,
+            out,
+            report=report,
+            inputs=inputs,
+            source=loaded.source,
+            builder=loaded.builder,
+            overwrite=request.overwrite,
+            start=start,
+        )
+        return report
     save(
         qmodel,
         out,
@@ -294,6 +324,23 @@ def quantize_file(
         start=start,
     )
     return report
+
+
+def _check_transformers(request: Request, loaded: Loaded, inputs: Inputs | None) -> None:
+    """What a folder that transformers loads is made from."""
+    if (loaded.builder or {}).get("kind") != "transformers":
+        raise RequestError(
+            f"--format {request.format} is for Hugging Face folders with their config.json",
+            where=request.path,
+            got=loaded.source.kind,
+            fix="--format qkit",
+        )
+    if inputs is None:
+        raise UsageError(
+            "no inputs are known to verify the folder with",
+            where=request.path,
+            fix="--input or --calib",
+        )
 
 
 def _as_tree(loaded: Loaded) -> nn.Module:

@@ -83,11 +83,15 @@ def save(
 
 
 def head(
-    report: Report | None, source: Source | None, builder: dict[str, Any] | None
+    report: Report | None,
+    source: Source | None,
+    builder: dict[str, Any] | None,
+    *,
+    target: str = "torch",
 ) -> dict[str, Any]:
     """What ``qkit.json`` says about the run."""
     return {
-        "target": "torch",
+        "target": target,
         "scheme": report.scheme if report else None,
         "recipe": report.recipe if report else None,
         "builder": builder,

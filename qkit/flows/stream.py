@@ -136,6 +136,10 @@ def _resolve(request: Request) -> tuple[Scheme, Recipe]:
             got=", ".join(names),
             fix="leave out --stream",
         )
+    if request.format != "qkit":
+        raise UsageError(
+            "--stream writes qkit's own format", got=request.format, fix="leave out --stream"
+        )
     scheme, recipe = resolve_request(request)
     for each in (rule.scheme for rule in recipe.rules if rule.scheme is not None):
         if obstacle := _obstacle(each):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qkit.errors import InputError, QkitError, RequestError, UsageError, VerificationError
 from qkit.flows.check import expected
-from qkit.report import compare
+from qkit.report import compare, package_version
 from qkit.targets.artifact import PROGRAM, Artifact, check_files, read_artifact
 from qkit.targets.torch import read_tensors
 
@@ -57,6 +57,12 @@ def verify(
     :class:`~qkit.errors.InputError` if a file is missing or damaged.
     """
     artifact = read_artifact(path)
+    if artifact.is_compressed_tensors:
+        raise RequestError(
+            "a compressed-tensors folder carries no outputs to verify it with",
+            where=str(path),
+            fix="it was verified when it was written; load it with transformers or qkit.load",
+        )
     check_files(artifact)
     _ = artifact.layers, artifact.aliases, artifact.buffers  # also what no way below reads
     reference = expected(artifact)
@@ -70,16 +76,42 @@ def verify(
         "threads": torch.get_num_threads(),
     }
     outputs, facts = _fresh_process(job, artifact)
+    runtime = f"torch {torch.__version__}, eager"
+    return _result(ways, reference, outputs, artifact, runtime) | facts
+
+
+def verify_transformers(artifact: Artifact) -> dict[str, Any]:
+    """Load a folder for transformers with it in a fresh process, and compare what it computes.
+
+    Returns and raises what :func:`verify` does.
+    """
+    job = {
+        "artifact": str(artifact.path.absolute()),
+        "ways": ["transformers"],
+        "threads": torch.get_num_threads(),
+    }
+    outputs, facts = _fresh_process(job, artifact)
+    runtime = f"transformers {package_version('transformers')}, torch {torch.__version__}"
+    return _result(["transformers"], expected(artifact), outputs, artifact, runtime) | facts
+
+
+def _result(
+    ways: list[str],
+    reference: dict[str, Tensor],
+    outputs: dict[str, Tensor],
+    artifact: Artifact,
+    runtime: str,
+) -> dict[str, Any]:
     checks = [_judge(way, reference, outputs, artifact) for way in ways]
     return {
         "status": "verified",
         "level": "layers" if ways == ["layers"] else "model",
-        "runtime": f"torch {torch.__version__}, eager",
+        "runtime": runtime,
         "fresh_process": True,
         "bit_identical": all(c["bit_identical"] for c in checks),
         "max_rel_error": max(c["max_rel_error"] for c in checks),
         "checks": checks,
-    } | facts
+    }
 
 
 def _ways(artifact: Artifact, reference: dict[str, Tensor], architecture: bool) -> list[str]:

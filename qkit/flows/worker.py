@@ -4,7 +4,8 @@ It knows only what a deployment would know: the artifact, and how to build the a
 loads, runs the stored inputs, and writes what came out; the parent compares. A job has
 
 ``artifact``  the folder        ``check``    its check file
-``ways``      what to try: ``module`` (qkit.load), ``program`` (the exported graph), ``layers``
+``ways``      what to try: ``module`` (qkit.load), ``program`` (the exported graph),
+              ``layers``, ``transformers`` (its own from_pretrained)
 ``model``     package.module:factory or null        ``source``  a model file for the architecture
 ``trust_pickle``  for ``source``                    ``threads`` as in the parent
 ``out``       where to write the outputs
@@ -19,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qkit.errors import QkitError
+from qkit.errors import InputError, QkitError
 from qkit.flows.check import inputs_of, layer_outputs
 from qkit.models import load as load_model
 from qkit.models import resolve_factory, run
 from qkit.models.checkpoint import Checkpoint, open_folder
+from qkit.models.factory import offline_transformers, transformers_class
 from qkit.report import peak_rss_bytes
-from qkit.targets.artifact import read_artifact
+from qkit.targets.artifact import Artifact, read_artifact
 from qkit.targets.program import load_program
 from qkit.targets.torch import load, read_weights, save_tensors, with_aliases
 
@@ -58,7 +60,9 @@ def _do(job: dict[str, Any]) -> None:
             entries = with_aliases(artifact, open_folder(artifact.path).entries)
             outputs |= layer_outputs(artifact, Checkpoint(entries))
             continue
-        if way == "program":
+        if way == "transformers":
+            model = _from_pretrained(artifact)
+        elif way == "program":
             model = load_program(artifact, read_weights(artifact))
         else:
             model = load(artifact.path, into=_architecture(job))
@@ -69,6 +73,20 @@ def _do(job: dict[str, Any]) -> None:
     out = Path(job["out"])
     save_tensors(outputs, out.with_suffix(".safetensors"))
     out.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _from_pretrained(artifact: Artifact) -> nn.Module:
+    """The model as transformers loads it from the folder, without qkit's help."""
+    with offline_transformers() as transformers:
+        name = (artifact.builder or {}).get("class", "")
+        cls = transformers_class(transformers, name, artifact.path)
+        model, info = cls.from_pretrained(
+            artifact.path, local_files_only=True, output_loading_info=True
+        )
+    wrong = {key: sorted(map(str, info[key])) for key in info if info[key]}
+    if wrong:
+        raise InputError("transformers does not load the weights", got=json.dumps(wrong)[:500])
+    return model.eval()
 
 
 def _architecture(job: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qkit.errors import RequestError, UsageError, nearest
+from qkit.errors import MissingExtraError, RequestError, UsageError, nearest
 from qkit.spec import Codebook, Int, Scheme
 
 
@@ -41,6 +41,65 @@ TARGETS = {
         _torch_expresses,
     ),
 }
+
+
+COMPRESSED = "compressed-tensors"
+
+
+@dataclass(frozen=True)
+class FormatInfo:
+    """How an artifact is written: the packages of its ``extra``, and what ``obstacle`` says
+    about a scheme that it cannot hold (None: it can)."""
+
+    extra: str | None
+    packages: tuple[str, ...]
+    obstacle: Callable[[Scheme], str | None]
+
+
+def _compressed_obstacle(scheme: Scheme) -> str | None:
+    """Integers of any width with exact activations, or int8 with an int8 range for each token."""
+    acts = scheme.input
+    if scheme.is_cast or not isinstance(scheme.weight.format, Int):
+        return f"is not written with {scheme.weight.format} weights"
+    if acts is None:
+        return None
+    if acts.when != "dynamic":
+        return "is not written with static ranges of activations"
+    if (scheme.weight.format.bits, acts.format.bits, acts.symmetric) != (8, 8, True):
+        return "has int8 activations for int8 weights only"
+    return None
+
+
+# The values of --format.
+FORMATS = {
+    "qkit": FormatInfo(None, (), lambda scheme: None),
+    COMPRESSED: FormatInfo(
+        COMPRESSED, ("transformers", "compressed-tensors"), _compressed_obstacle
+    ),
+}
+
+
+def check_format(name: str, scheme: Scheme) -> None:
+    """Refuse an unknown format, one that cannot hold ``scheme``, or one whose packages are missing.
+
+    Raises :class:`~qkit.errors.UsageError` or :class:`~qkit.errors.RequestError`.
+    """
+    if name not in FORMATS:
+        raise UsageError("unknown format", got=repr(name), wanted=", ".join(FORMATS))
+    info = FORMATS[name]
+    if obstacle := info.obstacle(scheme):
+        raise RequestError(
+            f"the format {name!r} {obstacle}",
+            got=scheme.name,
+            wanted="a scheme such as w8a16, w4a16-g128, w4a16-g32-asym or w8a8",
+            fix="--format qkit holds every scheme",
+        )
+    from qkit.report import package_version  # imports torch
+
+    for package in info.packages:
+        if package_version(package) is None:
+            assert info.extra is not None
+            raise MissingExtraError(package, info.extra, needed_for=f"--format {name}")
 
 
 def check(name: str, scheme: Scheme) -> None:

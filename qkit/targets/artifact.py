@@ -29,11 +29,13 @@ from typing import Any
 from qkit.errors import InputError
 from qkit.spec import FP32, Codebook, Int, PerChannel, PerGroup, PerTensor, PerToken, QSpec
 from qkit.spec.plain import show, take
+from qkit.targets import COMPRESSED
 
 FORMAT_VERSION = 1
 META, WEIGHTS, PROGRAM = "qkit.json", "model.safetensors", "program.pt2"
 INDEX = "model.safetensors.index.json"
 CHECK, REPORT, ARCHITECTURE = "check.safetensors", "report.json", "architecture.json"
+CONFIG = "config.json"
 
 
 BUILDERS = {"factory": {"factory": str}, "transformers": {"class": str}}
@@ -97,6 +99,11 @@ class Artifact:
                 raise InputError("unknown architecture", got=show(builder))
             take(builder, "architecture", {"kind": str} | BUILDERS[kind])
             return dict(builder)
+
+    @property
+    def is_compressed_tensors(self) -> bool:
+        """Whether the folder is written for transformers (:mod:`.compressed_tensors`)."""
+        return self.meta.get("target") == COMPRESSED
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:

@@ -26,6 +26,7 @@ from qkit.packing import from_tensors, tensor_specs
 from qkit.spec import Scheme
 from qkit.targets.artifact import (
     ARCHITECTURE,
+    CONFIG,
     INDEX,
     META,
     PROGRAM,
@@ -34,6 +35,7 @@ from qkit.targets.artifact import (
     LayerFacts,
     read_artifact,
 )
+from qkit.targets.compressed_tensors import to_own_layout
 from qkit.targets.program import load_program
 
 Into = nn.Module | Callable[[], nn.Module]
@@ -129,6 +131,8 @@ def read_weights(artifact: Artifact) -> dict[str, Tensor]:
     Raises :class:`~qkit.errors.InputError` for a shard that is missing or unreadable, and where
     the index and the shards do not agree.
     """
+    if artifact.is_compressed_tensors:
+        return to_own_layout(read_tensors(artifact.path / WEIGHTS), artifact.layers)
     if (artifact.path / INDEX).is_file() and not (artifact.path / WEIGHTS).is_file():
         return read_folder(artifact.path, trust=False)
     return read_tensors(artifact.path / WEIGHTS)
@@ -162,12 +166,11 @@ def load(path: str | Path, into: Into | None = None) -> nn.Module:
         return _fill(into, artifact, tensors).eval()
     # On the meta device a model takes no memory; what it computes in its constructor and keeps
     # as a plain attribute has no values there, and then it is built again on the CPU.
+    config = CONFIG if artifact.is_compressed_tensors else ARCHITECTURE
     for device in ("meta", "cpu"):
         try:
             with torch.device(device):
-                model = (
-                    into() if into is not None else skeleton(builder, artifact.path / ARCHITECTURE)
-                )
+                model = into() if into is not None else skeleton(builder, artifact.path / config)
         except QkitError:
             raise
         except Exception as error:
@@ -348,7 +351,7 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor], artifact: Artifact) ->
         )
 
 
-def copy_config(source: Path, folder: Path) -> None:
+def copy_config(source: Path, folder: Path, *, config_name: str = ARCHITECTURE) -> None:
     """Copy what a Hugging Face folder has beside its weights.
 
     ``config.json`` becomes ``architecture.json``: under its own name, transformers would take the
@@ -356,5 +359,5 @@ def copy_config(source: Path, folder: Path) -> None:
     """
     for path in sorted(source.iterdir()):
         if path.suffix in (".json", ".txt", ".model", ".jinja") and "index.json" not in path.name:
-            name = ARCHITECTURE if path.name == "config.json" else path.name
+            name = config_name if path.name == CONFIG else path.name
             (folder / name).write_bytes(path.read_bytes())

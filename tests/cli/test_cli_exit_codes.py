@@ -34,6 +34,23 @@ def test_1_the_machine_failed(models, tmp_path):
     assert "not a folder" in done.error
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "text"),
+    [
+        (["--format", "safetensor"], 2, "unknown format"),
+        (["--format", "compressed-tensors", "--stream"], 2, "--stream writes qkit's own format"),
+        (["--format", "compressed-tensors", "--scheme", "nf4"], 7, "is not written with nf4"),
+        (["--format", "compressed-tensors"], 7, "is for Hugging Face folders"),
+    ],
+)
+def test_formats_that_are_refused(options, code, text, models, tmp_path):
+    done = qkit("quantize", models / "net.pt", *options, cwd=tmp_path)
+    assert done.code == code
+    assert done.err.count("\n") <= 3  # told: the scheme and what was loaded
+    assert text in done.error
+    assert names(tmp_path) == []
+
+
 def test_2_wrong_usage(models, tmp_path):
     done = qkit("quantize", models / "net.pt", "--scheme", "w8a61", cwd=tmp_path)
     assert done.code == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -16,8 +17,6 @@ import qkit
 from qkit.errors import MissingExtraError, RequestError
 from qkit.numerics import choose_qparams, dequantize, quantize
 from qkit.targets.gguf import SCHEMES, to_blocks, write_gguf
-
-gguf = pytest.importorskip("gguf")
 
 
 @settings(deadline=None, max_examples=40)

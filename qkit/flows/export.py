@@ -1,0 +1,123 @@
+"""Writing a quantized model for other tools: a compressed-tensors folder for transformers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from qkit.flows.check import model_check
+from qkit.flows.evaluate import eval_mode, for_dtype
+from qkit.flows.save import complete, head
+from qkit.flows.verify import verify_transformers
+from qkit.models import Inputs, Source, run
+from qkit.nn import QLayer, swap
+from qkit.numerics import dequantize
+from qkit.packing import tensor_specs
+from qkit.report import Report, compare
+from qkit.spec import Scheme
+from qkit.targets import COMPRESSED
+from qkit.targets.artifact import CHECK, CONFIG, WEIGHTS, Artifact, read_artifact, write_meta
+from qkit.targets.compressed_tensors import quantization_config, to_format
+from qkit.targets.staging import staged
+from qkit.targets.torch import copy_config, describe_weights, save_tensors
+
+
+def save_compressed_tensors(
+    qmodel: nn.Module,
+    path: str | Path,
+    *,
+    report: Report,
+    inputs: Inputs,
+    source: Source,
+    builder: dict[str, Any] | None,
+    overwrite: bool = False,
+    start: float | None = None,
+) -> Artifact:
+    """Write ``qmodel`` (of the Hugging Face folder ``source``) so that transformers loads it.
+
+    The layers were quantized with one scheme that
+    :func:`~qkit.targets.compressed_tensors.layer_obstacle` allows. The folder appears once a fresh
+    process has loaded it with transformers and got the outputs of ``qmodel`` on ``inputs``. Where
+    the layers quantize their input, transformers does not: the outputs are those of the quantized
+    weights alone, and a remark says how far they are from those of ``qmodel``.
+
+    Raises :class:`~qkit.errors.OutputError` if it cannot be written and
+    :class:`~qkit.errors.VerificationError` if the fresh process disagrees.
+    """
+    out = Path(path)
+    inputs = for_dtype(inputs, qmodel)
+    with staged(out, overwrite=overwrite) as folder, eval_mode(qmodel):
+        tensors, facts = _tensors(qmodel)
+        save_tensors(tensors, folder / WEIGHTS)
+        copy_config(Path(source.path), folder, config_name=CONFIG)
+        _write_config(qmodel, folder / CONFIG)
+        meta = head(report, source, builder, target=COMPRESSED) | facts
+        reference = _with_exact_inputs(qmodel)
+        save_tensors(model_check(reference, inputs), folder / CHECK)
+        result = verify_transformers(write_meta(folder, meta))
+        # Not for the finished folder: some readers take every safetensors file for weights.
+        (folder / CHECK).unlink()
+        write_meta(folder, meta)
+        report.target = "transformers"
+        report.remarks.append(
+            "transformers dequantizes the weights while it loads the folder: the files are small, "
+            "memory and speed in transformers are those of the float model (the latency above is "
+            "qkit's own; qkit.load keeps the weights packed)"
+        )
+        if reference is not qmodel:
+            report.remarks.append(_difference(run(reference, inputs), run(qmodel, inputs)))
+        complete(report, result, folder, source, out, start)
+    return read_artifact(out)
+
+
+def _quantized(model: nn.Module) -> dict[str, QLayer]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, QLayer)}
+
+
+def _tensors(qmodel: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What the weights file holds, and what ``qkit.json`` says about it."""
+    tensors, facts = describe_weights(qmodel)
+    kept = qmodel.state_dict().keys()  # without the buffers that a constructor computes
+    tensors = {name: tensor for name, tensor in tensors.items() if name in kept}
+    for name, layer in _quantized(qmodel).items():
+        for key in tensor_specs(layer.weight_size, layer.spec, layer.acts):
+            del tensors[f"{name}.{key}"]
+        tensors |= {f"{name}.{k}": t for k, t in to_format(layer.qtensor(), layer.acts).items()}
+    return tensors, facts
+
+
+def _write_config(qmodel: nn.Module, path: Path) -> None:
+    layer = next(iter(_quantized(qmodel).values()))
+    ignore = [name for name, module in qmodel.named_modules() if isinstance(module, nn.Linear)]
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["quantization_config"] = quantization_config(Scheme(layer.spec, layer.acts), ignore)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_exact_inputs(qmodel: nn.Module) -> nn.Module:
+    """``qmodel``, or a copy with float layers where it has such that quantize their input."""
+    layers = _quantized(qmodel)
+    floats: dict[str, nn.Module] = {}
+    for name, layer in layers.items():
+        if layer.acts is not None:
+            rows, columns = layer.weight_size
+            linear = nn.Linear(columns, rows, device="meta")
+            weight = dequantize(layer.qtensor(), layer.weight_dtype)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            linear.register_parameter("bias", layer.bias)
+            floats[name] = linear
+    return swap(copy.deepcopy(qmodel), floats) if floats else qmodel
+
+
+def _difference(exact: list[Tensor], ours: list[Tensor]) -> str:
+    pairs = [(a, b) for a, b in zip(exact, ours, strict=True) if a.is_floating_point()]
+    stats = compare([a for a, _ in pairs], [b for _, b in pairs])
+    return (
+        "transformers computes the folder with exact activations, tools with int8 kernels round "
+        f"them as qkit does: their outputs differ by up to {stats.max_abs / stats.max_ref:.2g} of "
+        "the largest (verified are the weights, with exact activations)"
+    )
