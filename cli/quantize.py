@@ -32,9 +32,9 @@ from qkit.cli.common import (
     "--format",
     default="qkit",
     show_default=True,
-    help="qkit; compressed-tensors: a Hugging Face folder that transformers loads.",
+    help="qkit; compressed-tensors: a folder that transformers loads; gguf: one file.",
 )
-@click.option("-o", "--output", type=click.Path(), help="Folder to write [NAME-SCHEME].")
+@click.option("-o", "--output", type=click.Path(), help="Folder (or file) to write [NAME-SCHEME].")
 @click.option("--group-size", type=int, help="Weights that share a scale; -1 for whole rows.")
 @click.option(
     "--ignore",

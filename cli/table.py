@@ -115,7 +115,8 @@ def summary(report: Report) -> dict[str, str]:
     if check.get("status") == "verified":
         same = "bit-identical" if check["bit_identical"] else f"within {check['max_rel_error']:.2g}"
         ways = " and ".join(c["way"] for c in check["checks"])
-        lines["verified"] = f"in a fresh process ({check['runtime']}; {ways}): {same}"
+        where = "in a fresh process" if check["fresh_process"] else "in this process"
+        lines["verified"] = f"{where} ({check['runtime']}; {ways}): {same}"
     else:
         lines["verified"] = f"no: {check.get('status', 'not run')}"
     lines["cost"] = f"{report.seconds:.1f} s, peak memory {size(report.peak_rss_bytes)}"

@@ -1,4 +1,4 @@
-"""Writing a quantized model for other tools: a compressed-tensors folder for transformers."""
+"""Writing a quantized model for other tools: a compressed-tensors folder, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from qkit.flows.check import model_check
-from qkit.flows.evaluate import eval_mode, for_dtype
+from qkit.flows.evaluate import eval_mode, fill_cost, for_dtype
 from qkit.flows.save import complete, head
 from qkit.flows.verify import verify_transformers
 from qkit.models import Inputs, Source, run
 from qkit.nn import QLayer, swap
 from qkit.numerics import dequantize
 from qkit.packing import tensor_specs
-from qkit.report import Report, compare
+from qkit.report import Report, compare, package_version
 from qkit.spec import Scheme
-from qkit.targets import COMPRESSED
+from qkit.targets import COMPRESSED, GGUF
 from qkit.targets.artifact import CHECK, CONFIG, WEIGHTS, Artifact, read_artifact, write_meta
 from qkit.targets.compressed_tensors import quantization_config, to_format
-from qkit.targets.staging import staged
+from qkit.targets.gguf import MAGIC, write_gguf
+from qkit.targets.staging import as_output_error, check_file_destination, parents, staged
 from qkit.targets.torch import copy_config, describe_weights, save_tensors
 
 
@@ -72,6 +73,50 @@ def save_compressed_tensors(
             report.remarks.append(_difference(run(reference, inputs), run(qmodel, inputs)))
         complete(report, result, folder, source, out, start)
     return read_artifact(out)
+
+
+def save_gguf(
+    qmodel: nn.Module,
+    path: str | Path,
+    *,
+    report: Report,
+    source: Source,
+    overwrite: bool = False,
+    start: float | None = None,
+) -> None:
+    """Write ``qmodel`` to the GGUF file ``path`` (:func:`~qkit.targets.gguf.write_gguf`).
+
+    Every tensor is read back with the package gguf before the file appears. No runtime runs such a
+    file, so nothing is computed with it.
+    """
+    out = Path(path)
+    check_file_destination(out, MAGIC, overwrite=overwrite)
+    with as_output_error(out), parents(out.absolute()):
+        written = write_gguf(qmodel, out, name=Path(source.path).name)
+    report.target = GGUF
+    report.verification = {
+        "status": "verified",
+        "level": "tensors",
+        "runtime": f"gguf {package_version('gguf')}, {len(written)} tensors read back",
+        "fresh_process": False,
+        "bit_identical": True,
+        "max_rel_error": 0.0,
+        "checks": [{"way": "tensors", "bit_identical": True, "max_rel_error": 0.0}],
+    }
+    report.remarks.append(
+        "the GGUF file is a container under the names of this model: no runtime (llama.cpp "
+        "neither) knows its architecture, and the error and latency above are those in torch"
+    )
+    weights = sum(f["bytes"] for name, f in source.files.items() if name != CONFIG)
+    report.size_bytes = {
+        "source": weights,
+        "artifact": out.stat().st_size,
+        "ratio": round(out.stat().st_size / weights, 4),
+    }
+    report.source = {"path": Path(source.path).name, "kind": source.kind, "files": source.files}
+    report.artifact = str(out)
+    if start is not None:
+        fill_cost(report, start)
 
 
 def _quantized(model: nn.Module) -> dict[str, QLayer]:

@@ -24,7 +24,7 @@ from qkit.flows.evaluate import (
     fill_weight_error,
     new_report,
 )
-from qkit.flows.export import save_compressed_tensors
+from qkit.flows.export import save_compressed_tensors, save_gguf
 from qkit.flows.ptq import (
     Obstacle,
     Progress,
@@ -38,10 +38,10 @@ from qkit.models import Inputs, Loaded, from_npz, infer, parse_input_spec, run
 from qkit.models import load as load_model
 from qkit.nn import tree
 from qkit.report import Report
-from qkit.spec import Float, Int, Recipe, Scheme, parse
-from qkit.targets import COMPRESSED, check_format, compressed_tensors
+from qkit.spec import FP16, Float, Int, Recipe, Scheme, parse
+from qkit.targets import COMPRESSED, GGUF, check_format, compressed_tensors, gguf
 from qkit.targets import check as check_target
-from qkit.targets.staging import check_destination
+from qkit.targets.staging import check_destination, check_file_destination
 
 AUTO = "auto"
 
@@ -265,18 +265,19 @@ def quantize_file(
     start = time.perf_counter()
     scheme, recipe = resolve_request(request)
     check_format(request.format, scheme)
-    out = Path(request.output or default_output(request.path, scheme.name))
-    check_destination(out, overwrite=request.overwrite)
+    out = _destination(request, scheme)
+    if request.format == GGUF:
+        scheme, recipe = scheme.with_scale(FP16), recipe.with_scale(FP16)
     told(scheme.long_form())
     loaded = load_model(request.path, factory=request.model, trust_pickle=request.trust_pickle)
     told(f"loaded {request.path}: {loaded.source.kind}")
     model = loaded.model if loaded.model is not None else _as_tree(loaded)
     data = _inputs(request, loaded)
     inputs = few(data)
-    compressed = request.format == COMPRESSED
-    if compressed:
+    if request.format == COMPRESSED:
         _check_transformers(request, loaded, inputs)
-        recipe = compressed_tensors.with_scales_of(recipe, model)
+        scale = compressed_tensors.scale_format(model)
+        scheme, recipe = scheme.with_scale(scale), recipe.with_scale(scale)
     qmodel, report = _quantize(
         model,
         scheme,
@@ -287,7 +288,7 @@ def quantize_file(
         latency=not request.dry_run,
         progress=progress,
         start=start,
-        obstacle=compressed_tensors.layer_obstacle if compressed else no_obstacle,
+        obstacle=_OBSTACLES.get(request.format, no_obstacle),
     )
     report.target = request.target
     report.remarks += loaded.source.notes
@@ -298,32 +299,41 @@ def quantize_file(
         report.remarks.append("dry run: nothing was written")
         fill_cost(report, start)
         return report
-    told(f"writing {out} and verifying it in a fresh process")
-    if compressed:
-        assert inputs is not None
-        save_compressed_tensors(
-            qmodel,
-            out,
-            report=report,
-            inputs=inputs,
-            source=loaded.source,
-            builder=loaded.builder,
-            overwrite=request.overwrite,
-            start=start,
-        )
+    given: dict[str, Any] = {
+        "report": report,
+        "source": loaded.source,
+        "overwrite": request.overwrite,
+        "start": start,
+    }
+    if request.format == GGUF:
+        told(f"writing {out} and reading it back")
+        save_gguf(qmodel, out, **given)
         return report
-    save(
-        qmodel,
-        out,
-        report=report,
-        inputs=inputs,
-        source=loaded.source,
-        builder=loaded.builder,
-        trust_pickle=request.trust_pickle,
-        overwrite=request.overwrite,
-        start=start,
-    )
+    told(f"writing {out} and verifying it in a fresh process")
+    given |= {"inputs": inputs, "builder": loaded.builder}
+    if request.format == COMPRESSED:
+        save_compressed_tensors(qmodel, out, **given)
+    else:
+        save(qmodel, out, trust_pickle=request.trust_pickle, **given)
     return report
+
+
+# Layers that are left in float because the format of the output has no place for them.
+_OBSTACLES: dict[str, Obstacle] = {
+    COMPRESSED: compressed_tensors.layer_obstacle,
+    GGUF: gguf.layer_obstacle,
+}
+
+
+def _destination(request: Request, scheme: Scheme) -> Path:
+    """Where to write, refused here if that is not possible."""
+    out = Path(request.output or default_output(request.path, scheme.name))
+    if request.format == GGUF:
+        out = out if request.output else out.with_name(out.name + ".gguf")
+        check_file_destination(out, gguf.MAGIC, overwrite=request.overwrite)
+    else:
+        check_destination(out, overwrite=request.overwrite)
+    return out
 
 
 def _check_transformers(request: Request, loaded: Loaded, inputs: Inputs | None) -> None:

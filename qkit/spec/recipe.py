@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qkit.errors import InputError, UsageError
+from qkit.spec.floats import Float
 from qkit.spec.plain import from_a_file, show, take
 from qkit.spec.scheme import Scheme
 
@@ -65,6 +66,12 @@ class Recipe:
     def rule_for(self, name: str, kind: str) -> Rule | None:
         """The first rule that matches the module ``name`` of class ``kind``."""
         return next((rule for rule in self.rules if rule.matches(name, kind)), None)
+
+    def with_scale(self, scale: Float) -> Recipe:
+        """This recipe with the scales of all weights stored in the format ``scale``."""
+
+        rules = (replace(r, scheme=r.scheme and r.scheme.with_scale(scale)) for r in self.rules)
+        return replace(self, rules=tuple(rules))
 
     def unused(self, modules: Iterable[tuple[str, str]]) -> list[Rule]:
         """The rules that match no module at all; ``modules`` are (name, class name) pairs."""

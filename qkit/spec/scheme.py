@@ -18,11 +18,11 @@ the one canonical short form.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qkit.errors import UsageError, nearest
-from qkit.spec.floats import BF16, E8M0, FP4_E2M1, FP8_E4M3, FP8_E5M2, FP16
+from qkit.spec.floats import BF16, E8M0, FP4_E2M1, FP8_E4M3, FP8_E5M2, FP16, Float
 from qkit.spec.formats import NF4, Format, Int
 from qkit.spec.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from qkit.spec.plain import take
@@ -75,6 +75,10 @@ class Scheme:
         if self.input is not None and self.input.when == "static":
             parts.append("static")
         return "-".join(parts)
+
+    def with_scale(self, scale: Float) -> Scheme:
+        """This scheme with the weight's scales stored in the format ``scale``."""
+        return replace(self, weight=replace(self.weight, scale=scale))
 
     def long_form(self) -> str:
         """The resolved scheme in words: nothing is left to a convention of some tool."""

@@ -43,7 +43,7 @@ TARGETS = {
 }
 
 
-COMPRESSED = "compressed-tensors"
+COMPRESSED, GGUF = "compressed-tensors", "gguf"
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,22 @@ def _compressed_obstacle(scheme: Scheme) -> str | None:
     return None
 
 
+def _gguf_obstacle(scheme: Scheme) -> str | None:
+    """What becomes Q8_0 or Q4_0 blocks."""
+    weight = scheme.weight
+    sizes = isinstance(weight.format, Int) and weight.format.bits in (4, 8)
+    if sizes and weight.group_size == 32 and weight.symmetric and scheme.input is None:
+        return None
+    return "has blocks for w8a16-g32 (Q8_0) and w4a16-g32 (Q4_0) only"
+
+
 # The values of --format.
 FORMATS = {
     "qkit": FormatInfo(None, (), lambda scheme: None),
     COMPRESSED: FormatInfo(
         COMPRESSED, ("transformers", "compressed-tensors"), _compressed_obstacle
     ),
+    GGUF: FormatInfo(GGUF, ("gguf",), _gguf_obstacle),
 }
 
 
@@ -91,7 +101,6 @@ def check_format(name: str, scheme: Scheme) -> None:
         raise RequestError(
             f"the format {name!r} {obstacle}",
             got=scheme.name,
-            wanted="a scheme such as w8a16, w4a16-g128, w4a16-g32-asym or w8a8",
             fix="--format qkit holds every scheme",
         )
     from qkit.report import package_version  # imports torch

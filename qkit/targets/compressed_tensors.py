@@ -23,7 +23,6 @@ encoder-decoder never makes, and it would expect zero points that are not packed
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from qkit.nn import Entry
 from qkit.numerics import QParams, QTensor
 from qkit.packing import pack, packed_words, to_tensors, unpack
 from qkit.packing.store import Stored, matrix_shape
-from qkit.spec import BF16, FP16, FP32, Float, PerTensor, QSpec, Recipe, Scheme
+from qkit.spec import BF16, FP16, FP32, Float, PerTensor, QSpec, Scheme
 from qkit.targets import COMPRESSED
 from qkit.targets.artifact import LayerFacts
 
@@ -58,16 +57,10 @@ def layer_obstacle(entry: Entry, scheme: Scheme) -> str | None:
     return None
 
 
-def with_scales_of(recipe: Recipe, model: nn.Module) -> Recipe:
-    """``recipe`` with scales in the dtype of ``model``, in which every reader keeps them."""
+def scale_format(model: nn.Module) -> Float:
+    """The format of the scales: the dtype of ``model``, in which every reader keeps them."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    scale = _SCALES.get(dtype, FP32)
-
-    def fit(scheme: Scheme) -> Scheme:
-        return replace(scheme, weight=replace(scheme.weight, scale=scale))
-
-    rules = (replace(r, scheme=r.scheme and fit(r.scheme)) for r in recipe.rules)
-    return replace(recipe, rules=tuple(rules))
+    return _SCALES.get(dtype, FP32)
 
 
 def format_name(acts: QSpec | None) -> str:

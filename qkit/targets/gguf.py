@@ -16,8 +16,6 @@ The file is a container: its tensors keep the names of the PyTorch model, under 
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +24,29 @@ import torch
 from torch import nn
 
 from qkit.errors import MissingExtraError, RequestError, VerificationError
-from qkit.nn import QLayer
+from qkit.nn import Entry, QLayer
 from qkit.numerics import QTensor, dequantize
 from qkit.spec import FP16, Scheme, parse
-
-
-def _fp16_scales(name: str) -> Scheme:
-    scheme = parse(name)
-    return replace(scheme, weight=replace(scheme.weight, scale=FP16))
-
+from qkit.targets.staging import staged_file
 
 # What to quantize with, so that the layers can be written as blocks of a type.
-SCHEMES = {"Q8_0": _fp16_scales("w8a16-g32"), "Q4_0": _fp16_scales("w4a16-g32")}
+SCHEMES = {
+    "Q8_0": parse("w8a16-g32").with_scale(FP16),
+    "Q4_0": parse("w4a16-g32").with_scale(FP16),
+}
 BLOCK = 32
 MAX_DIMENSIONS = 4
+MAGIC = b"GGUF"
+
+
+def layer_obstacle(entry: Entry, scheme: Scheme) -> str | None:
+    """Why no block type holds the layer ``entry``; None where one does."""
+    weight: Any = entry.module.weight
+    if weight.ndim != 2:
+        return "GGUF blocks run along the rows of a matrix"
+    if weight.shape[1] % BLOCK:
+        return f"its {weight.shape[1]} columns are no multiple of {BLOCK}: GGUF has whole blocks"
+    return None
 
 
 def block_type(layer: QLayer) -> str | None:
@@ -104,8 +111,7 @@ def write_gguf(model: nn.Module, path: str | Path, *, name: str = "model") -> di
                 where=key,
                 got=array.shape,
             )
-    part = path.with_name(path.name + ".part")
-    try:
+    with staged_file(path) as part:
         writer: Any = gguf.GGUFWriter(part, "qkit")
         writer.add_name(name)
         for key, (array, kind) in arrays.items():
@@ -116,9 +122,6 @@ def write_gguf(model: nn.Module, path: str | Path, *, name: str = "model") -> di
         writer.write_tensors_to_file()
         writer.close()
         _read_back(gguf, part, values)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return told
 
 

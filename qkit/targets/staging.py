@@ -53,15 +53,26 @@ def check_destination(out: Path, *, overwrite: bool) -> None:
                 raise UsageError(
                     "the output exists", where=str(out), fix="--overwrite, or another --output"
                 )
-        parent = out.absolute().parent
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir():
-            raise OutputError("the output's parent is not a folder", where=str(parent))
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise OutputError(
-                "the output folder is read-only", where=str(parent), fix="another --output"
-            )
+        _check_parent(out)
+
+
+def _check_parent(out: Path) -> None:
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError("the output's parent is not a folder", where=str(parent))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            "the output folder is read-only", where=str(parent), fix="another --output"
+        )
+
+
+def _starts_with(out: Path, magic: bytes) -> bool:
+    if not out.is_file():
+        return False
+    with out.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def _is_ours(out: Path) -> bool:
@@ -82,6 +93,35 @@ def as_output_error(out: Path) -> Iterator[None]:
         raise OutputError(f"cannot write the output: {reason}", where=str(out)) from error
 
 
+def check_file_destination(out: Path, magic: bytes, *, overwrite: bool) -> None:
+    """:func:`check_destination` for an output that is one file, which starts with ``magic``."""
+    with as_output_error(out):
+        if os.path.lexists(out):
+            if not _starts_with(out, magic):
+                raise UsageError(
+                    "the output exists and is another kind of file; it is left alone",
+                    where=str(out),
+                    fix="choose another --output",
+                )
+            if not overwrite:
+                raise UsageError(
+                    "the output exists", where=str(out), fix="--overwrite, or another --output"
+                )
+        _check_parent(out)
+
+
+@contextmanager
+def staged_file(out: Path) -> Iterator[Path]:
+    """The path of a file to write; it becomes ``out`` when the block ends without an error."""
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 @contextmanager
 def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A fresh folder to write in; it becomes ``out`` when the block ends without an error.
@@ -90,7 +130,7 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     check_destination(out, overwrite=overwrite)
     out = out.absolute()
-    with as_output_error(out), _parents(out), _folder(out) as staging:
+    with as_output_error(out), parents(out), _folder(out) as staging:
         yield staging
         for path in sorted(staging.rglob("*")):
             _sync(path)
@@ -103,17 +143,12 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """One file of its own: whole, or as it was before. Raises OSError if it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with staged_file(path) as partial:
         partial.write_bytes(content)
-        _sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def _parents(out: Path) -> Iterator[None]:
+def parents(out: Path) -> Iterator[None]:
     """The missing parents of ``out`` are made for the block, and removed if it fails."""
     made = [parent for parent in out.parents if not parent.exists()]
     try:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -235,3 +237,40 @@ def test_other_commands_on_such_a_folder(written, tmp_path):
     save_file(tensors, Path(tmp_path / "bad" / "model.safetensors"), metadata={"format": "pt"})
     with pytest.raises(InputError, match="do not fit the layer"):
         qkit.load(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(("scheme", "kind"), [("w8a16-g32", "Q8_0"), ("w4a16-g32", "Q4_0")])
+def test_a_gguf_file(scheme, kind, tmp_path, monkeypatch):
+    untimed(monkeypatch)
+    torch.save(torch.nn.Sequential(torch.nn.Linear(64, 33), torch.nn.Linear(33, 7)), tmp_path / "n")
+    asked = Request(str(tmp_path / "n"), scheme, output=str(tmp_path / "new" / "n.gguf"))
+    report = quantize_file(replace(asked, format="gguf"))
+    assert report.verification | {"runtime": ""} == {
+        "status": "verified",
+        "level": "tensors",
+        "runtime": "",
+        "fresh_process": False,
+        "bit_identical": True,
+        "max_rel_error": 0.0,
+        "checks": [{"way": "tensors", "bit_identical": True, "max_rel_error": 0.0}],
+    }
+    assert [row.scheme for row in report.layers] == [scheme, None]
+    assert "no multiple of 32" in report.layers[1].reason
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "new" / "n.gguf").tensors}
+    assert tensors["0.weight"].tensor_type.name == kind
+    assert tensors["1.weight"].tensor_type.name == "F32"
+    with pytest.raises(UsageError, match="the output exists"):
+        quantize_file(replace(asked, format="gguf"))
+    again = quantize_file(replace(asked, format="gguf", overwrite=True))
+    assert again.size_bytes["artifact"] == (tmp_path / "new" / "n.gguf").stat().st_size
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["n.gguf"]
+
+
+def test_a_gguf_file_that_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    asked = Request(str(tmp_path / "none"), "w4a16-g32", format="gguf")
+    with pytest.raises(UsageError, match="another kind of file"):
+        quantize_file(replace(asked, output=str(tmp_path / "mine.txt"), overwrite=True))
+    with pytest.raises(RequestError, match="has blocks for w8a16-g32"):
+        quantize_file(replace(asked, scheme="w8a16", output=str(tmp_path / "out")))
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]

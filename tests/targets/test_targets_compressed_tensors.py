@@ -21,8 +21,8 @@ from qkit.targets.compressed_tensors import (
     layer_obstacle,
     layout,
     quantization_config,
+    scale_format,
     to_format,
-    with_scales_of,
 )
 
 
@@ -111,6 +111,7 @@ def test_unknown_formats_and_missing_packages(monkeypatch):
     [(torch.float16, FP16), (torch.bfloat16, BF16), (torch.float32, FP32), (torch.float64, FP32)],
 )
 def test_scales_are_in_the_dtype_of_the_model(dtype, scale):
-    recipe = Recipe.simple(parse("w4a16-g32"), ["0"])
-    rules = with_scales_of(recipe, nn.Linear(2, 2).to(dtype)).rules
+    assert scale_format(nn.Linear(2, 2).to(dtype)) == scale
+    rules = Recipe.simple(parse("w4a16-g32"), ["0"]).with_scale(scale).rules
     assert [r.scheme and r.scheme.weight.scale for r in rules] == [None, scale]
+    assert rules[1].scheme.name == "w4a16-g32"

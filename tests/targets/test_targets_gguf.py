@@ -15,8 +15,9 @@ from torch import nn
 
 import qkit
 from qkit.errors import MissingExtraError, RequestError
+from qkit.nn import survey
 from qkit.numerics import choose_qparams, dequantize, quantize
-from qkit.targets.gguf import SCHEMES, to_blocks, write_gguf
+from qkit.targets.gguf import SCHEMES, layer_obstacle, to_blocks, write_gguf
 
 
 @settings(deadline=None, max_examples=40)
@@ -53,6 +54,14 @@ def test_a_model_reads_back_exactly(kind, tmp_path: Path):
         have = gguf.dequantize(tensor.data, tensor.tensor_type)
         assert np.array_equal(have, dequantize(model.get_submodule(key).qtensor()).numpy())
     assert [p.name for p in tmp_path.iterdir()] == ["net.gguf"]
+
+
+def test_layers_without_blocks_are_left_and_said():
+    model = nn.Sequential(nn.Linear(64, 3), nn.Linear(33, 7), nn.Conv2d(32, 4, 1))
+    reasons = [layer_obstacle(entry, SCHEMES["Q4_0"]) for entry in survey(model)]
+    assert reasons[0] is None
+    assert "33 columns are no multiple of 32" in reasons[1]
+    assert "rows of a matrix" in reasons[2]
 
 
 def test_scales_that_are_not_fp16_are_written_as_values(tmp_path: Path):
