@@ -18,6 +18,11 @@ EXTRAS = {
     "xnnpack": (("torchao", "torchao"), ("executorch", "executorch.runtime")),
     "onnx": (("onnx", "onnx"), ("onnxscript", "onnxscript"), ("onnxruntime", "onnxruntime")),
     "quanto": (("optimum-quanto", "optimum.quanto"),),
+    "gguf": (("gguf", "gguf"),),
+    "compressed-tensors": (
+        ("transformers", "transformers"),
+        ("compressed-tensors", "compressed_tensors"),
+    ),
 }
 IMPORT_SECONDS = 120
 

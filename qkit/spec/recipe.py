@@ -69,7 +69,6 @@ class Recipe:
 
     def with_scale(self, scale: Float) -> Recipe:
         """This recipe with the scales of all weights stored in the format ``scale``."""
-
         rules = (replace(r, scheme=r.scheme and r.scheme.with_scale(scale)) for r in self.rules)
         return replace(self, rules=tuple(rules))
 
