@@ -21,7 +21,12 @@ Array = NDArray[np.float64]
 Shape = tuple[int, ...]
 
 # name: (significant bits, least exponent, greatest exponent) of the normal numbers
-FLOATS = {"fp16": (11, -14, 15), "bf16": (8, -126, 127), "fp32": (24, -126, 127)}
+FLOATS = {
+    "fp16": (11, -14, 15),
+    "bf16": (8, -126, 127),
+    "fp32": (24, -126, 127),
+    "fp12-e5m6": (7, -14, 15),
+}
 
 
 def round_up(value: float, dtype: str) -> float:

@@ -38,7 +38,7 @@ from qkit.models import Inputs, Loaded, from_npz, infer, parse_input_spec, run
 from qkit.models import load as load_model
 from qkit.nn import tree
 from qkit.report import Report
-from qkit.spec import FP16, Float, Int, Recipe, Scheme, parse
+from qkit.spec import Float, Int, Recipe, Scheme, parse
 from qkit.targets import COMPRESSED, GGUF, check_format, compressed_tensors, gguf
 from qkit.targets import check as check_target
 from qkit.targets.staging import check_destination, check_file_destination
@@ -267,7 +267,8 @@ def quantize_file(
     check_format(request.format, scheme)
     out = _destination(request, scheme)
     if request.format == GGUF:
-        scheme, recipe = scheme.with_scale(FP16), recipe.with_scale(FP16)
+        scale = gguf.scale_format(scheme)
+        scheme, recipe = scheme.with_scale(scale), recipe.with_scale(scale)
     told(scheme.long_form())
     loaded = load_model(request.path, factory=request.model, trust_pickle=request.trust_pickle)
     told(f"loaded {request.path}: {loaded.source.kind}")

@@ -43,7 +43,7 @@ from qkit.numerics import fast
 from qkit.numerics.blocks import block_range, from_blocks, per_block, to_blocks
 from qkit.numerics.tensors import QParams, QTensor, check_out, into
 from qkit.numerics.values import decode, encode
-from qkit.spec import E8M0, FP32, Float, Format, Int, QSpec
+from qkit.spec import E8M0, FP12_E5M6, FP16, FP32, Float, Format, Int, QSpec
 
 
 def check_finite(x: Tensor, name: str) -> None:
@@ -74,12 +74,17 @@ def _work(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
-def _round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smallest normal number of ``dtype`` that is at least ``x`` (float64, not negative)."""
+def _round_up(x: Tensor, dtype: torch.dtype, unused: int = 0) -> Tensor:
+    """The smallest normal number of ``dtype`` that is at least ``x`` (float64, not negative).
+
+    The last ``unused`` bits of its mantissa are zero.
+    """
     y = x.to(dtype)
-    # The bits of a number that is not negative, plus one, are those of the next.
     bits = y.view(torch.int32 if y.element_size() == 4 else torch.int16)
-    return (bits + (y.double() < x)).view(dtype).clamp(min=torch.finfo(dtype).tiny)
+    # The bits of a number that is not negative, plus one (the last used), are those of the next.
+    bits = bits - bits % (1 << unused)
+    up = (bits.view(dtype).double() < x).to(bits.dtype) << unused
+    return (bits + up).view(dtype).clamp(min=torch.finfo(dtype).tiny)
 
 
 def _shared_exponent(amax: Tensor, fmt: Float) -> Tensor:
@@ -120,7 +125,8 @@ def qparams_from_range(lo: Tensor, hi: Tensor, spec: QSpec, *, name: str = "tens
         exact = torch.maximum(greater / -fmt.qmin, lesser / (fmt.qmax + 0.5))
     else:
         exact = (high - low) / (fmt.qmax - fmt.qmin)
-    scale = exact.to(dtype) if spec.scale == E8M0 else _round_up(exact, dtype)
+    unused = FP16.mantissa - FP12_E5M6.mantissa if spec.scale == FP12_E5M6 else 0
+    scale = exact.to(dtype) if spec.scale == E8M0 else _round_up(exact, dtype, unused)
     wide = scale.double()
     if not isinstance(fmt, Int):
         _check_outermost(exact, wide, fmt.max, spec, name)
@@ -149,7 +155,8 @@ def scale_dtype(spec: QSpec) -> torch.dtype:
     """The dtype of a stored scale; ``TypeError`` for a cast, which has none."""
     if spec.scale is None:
         raise TypeError(f"{spec.format} has no scale: cast it (qkit.numerics.cast)")
-    dtype: torch.dtype = getattr(torch, spec.scale.torch_name)
+    name = FP16.torch_name if spec.scale == FP12_E5M6 else spec.scale.torch_name
+    dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 

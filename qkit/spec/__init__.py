@@ -5,6 +5,7 @@ from qkit.spec.floats import E8M0 as E8M0
 from qkit.spec.floats import FP4_E2M1 as FP4_E2M1
 from qkit.spec.floats import FP8_E4M3 as FP8_E4M3
 from qkit.spec.floats import FP8_E5M2 as FP8_E5M2
+from qkit.spec.floats import FP12_E5M6 as FP12_E5M6
 from qkit.spec.floats import FP16 as FP16
 from qkit.spec.floats import FP32 as FP32
 from qkit.spec.floats import Float as Float

@@ -23,6 +23,9 @@ class Float:
     ``e8m0`` is the scale of the microscaling formats (section 5.4.1): a power of two alone, with
     no sign, no mantissa, no zero, and one NaN.
 
+    ``fp12-e5m6`` is fp16 without its last four bits, stored as fp16: as a scale, its products with
+    0..15 are fp16 numbers too (7 + 4 significant bits), which GGUF's Q4_1 needs.
+
     >>> str(Float(5, 10)), Float(8, 7).bits
     ('fp16', 16)
     >>> FP8_E4M3.max, FP8_E5M2.max, FP4_E2M1.max, FP8_E4M3.smallest
@@ -136,11 +139,13 @@ FLOATS = {
     (5, 2): FloatKind("fp8-e5m2", "float8_e5m2", "inf and nan"),
     (2, 1): FloatKind("fp4-e2m1", None, "none"),
     (8, 0): FloatKind("e8m0", "float8_e8m0fnu", "nan"),
+    (5, 6): FloatKind("fp12-e5m6", None, "inf and nan"),
 }
 
 FP16 = Float(5, 10)
 BF16 = Float(8, 7)
 FP32 = Float(8, 23)
+FP12_E5M6 = Float(5, 6)
 FP8_E4M3 = Float(4, 3)
 FP8_E5M2 = Float(5, 2)
 FP4_E2M1 = Float(2, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qkit.errors import UsageError
-from qkit.spec.floats import BF16, E8M0, FP16, FP32, Float
+from qkit.spec.floats import BF16, E8M0, FP12_E5M6, FP16, FP32, Float
 from qkit.spec.formats import Format, Int, format_from_json, format_to_json
 from qkit.spec.granularity import (
     Granularity,
@@ -16,7 +16,8 @@ from qkit.spec.granularity import (
 from qkit.spec.plain import choose, from_a_file, take
 
 WHEN = ("weight", "dynamic", "static")
-SCALES: dict[str, Float | None] = {str(f): f for f in (FP32, FP16, BF16, E8M0)} | {"none": None}
+_FLOATS = (FP32, FP16, BF16, E8M0, FP12_E5M6)
+SCALES: dict[str, Float | None] = {str(f): f for f in _FLOATS} | {"none": None}
 
 
 @dataclass(frozen=True)

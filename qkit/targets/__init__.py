@@ -71,12 +71,10 @@ def _compressed_obstacle(scheme: Scheme) -> str | None:
 
 
 def _gguf_obstacle(scheme: Scheme) -> str | None:
-    """What becomes Q8_0 or Q4_0 blocks."""
-    weight = scheme.weight
-    sizes = isinstance(weight.format, Int) and weight.format.bits in (4, 8)
-    if sizes and weight.group_size == 32 and weight.symmetric and scheme.input is None:
+    """What becomes Q8_0, Q4_0 or Q4_1 blocks."""
+    if scheme.name in ("w8a16-g32", "w4a16-g32", "w4a16-g32-asym"):
         return None
-    return "has blocks for w8a16-g32 (Q8_0) and w4a16-g32 (Q4_0) only"
+    return "has blocks for w8a16-g32 (Q8_0), w4a16-g32 (Q4_0) and w4a16-g32-asym (Q4_1) only"
 
 
 # The values of --format.

@@ -6,10 +6,15 @@ type   block of 32 values           a value                                  byt
 Q8_0   fp16 ``d``, 32 int8 codes    ``d * code``                             34
 Q4_0   fp16 ``d``, 32 codes 0..15   ``d * (code - 8)``; byte ``i`` holds     18
                                     value ``i`` low and ``i + 16`` high
+Q4_1   fp16 ``d``, fp16 ``m``, 32   ``d * code + m``; bytes as in Q4_0       20
+       codes 0..15
 =====  ===========================  =======================================  ==================
 
-Both are qkit's symmetric formula with groups of 32 and an fp16 scale (:data:`SCHEMES`), so a
-conversion moves bits and rounds nothing. The layouts are those of ggml's ``ggml-common.h``.
+The first two are qkit's symmetric formula with groups of 32 and an fp16 scale (:data:`SCHEMES`), so
+a conversion moves bits and rounds nothing. Q4_1 is qkit's affine formula, ``d * (code - zero)``, if
+``m = -d * zero`` is a number of fp16; it always is where the scale has 7 significant bits, because
+a zero point of 0..15 adds 4 and fp16 has 11. Such scales (``fp12-e5m6``) are up to 1/64 greater
+than they would have to be. The layouts are those of ggml's ``ggml-common.h``.
 The file is a container: its tensors keep the names of the PyTorch model, under the architecture
 ``qkit``, which llama.cpp does not know and will not run.
 """
@@ -26,13 +31,14 @@ from torch import nn
 from qkit.errors import MissingExtraError, RequestError, VerificationError
 from qkit.nn import Entry, QLayer
 from qkit.numerics import QTensor, dequantize
-from qkit.spec import FP16, Scheme, parse
+from qkit.spec import FP12_E5M6, FP16, Float, Scheme, parse
 from qkit.targets.staging import staged_file
 
 # What to quantize with, so that the layers can be written as blocks of a type.
 SCHEMES = {
     "Q8_0": parse("w8a16-g32").with_scale(FP16),
     "Q4_0": parse("w4a16-g32").with_scale(FP16),
+    "Q4_1": parse("w4a16-g32-asym").with_scale(FP12_E5M6),
 }
 BLOCK = 32
 MAX_DIMENSIONS = 4
@@ -56,15 +62,32 @@ def block_type(layer: QLayer) -> str | None:
     return types[0] if types and matrix else None
 
 
-def to_blocks(q: QTensor, kind: str) -> np.ndarray:
-    """The bytes of ``q`` (``[rows, columns]``) as blocks: uint8 ``[rows, columns / 32 * size]``."""
+def scale_format(scheme: Scheme) -> Float:
+    """The format of the scales with which ``scheme`` becomes one of :data:`SCHEMES`."""
+    return FP16 if scheme.weight.symmetric else FP12_E5M6
+
+
+def to_blocks(q: QTensor, *, name: str = "weight") -> np.ndarray:
+    """The bytes of ``q`` (``[rows, columns]``) as blocks: uint8 ``[rows, columns / 32 * size]``.
+
+    Raises :class:`~qkit.errors.RequestError` for a minimum that overflows fp16.
+    """
     rows, columns = q.shape
-    d = q.qparams.scale.reshape(rows, -1, 1).contiguous().numpy().view(np.uint8)
+    d = q.qparams.scale.reshape(rows, -1, 1).contiguous()
+    parts = [d]
+    if q.qparams.zero_point is not None:
+        minimum = -d * (q.qparams.zero_point.reshape(d.shape) + 8).to(d.dtype)
+        if not torch.isfinite(minimum).all():
+            raise RequestError(
+                "the minimum of a block overflows the fp16 of GGUF", where=name, fix="--format qkit"
+            )
+        parts.append(minimum)
     codes = q.codes.reshape(rows, columns // BLOCK, BLOCK).numpy()
-    if kind == "Q4_0":
+    if q.spec.format.bits == 4:
         low, high = np.split((codes + 8).astype(np.uint8), 2, axis=-1)
         codes = low | (high << 4)
-    return np.concatenate([d, codes.view(np.uint8)], axis=-1).reshape(rows, -1)
+    head = [part.numpy().view(np.uint8) for part in parts]
+    return np.concatenate([*head, codes.view(np.uint8)], axis=-1).reshape(rows, -1)
 
 
 def write_gguf(model: nn.Module, path: str | Path, *, name: str = "model") -> dict[str, str]:
@@ -96,7 +119,7 @@ def write_gguf(model: nn.Module, path: str | Path, *, name: str = "model") -> di
                 told[key] = f"F32: {module.spec.describe()} of this shape has no exact block type"
             else:
                 told[key] = kind
-            arrays[key] = (values[key] if kind is None else to_blocks(q, kind), kind)
+            arrays[key] = (values[key] if kind is None else to_blocks(q, name=key), kind)
         else:
             own |= module._buffers
         for attribute, tensor in own.items():

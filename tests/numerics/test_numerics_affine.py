@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -24,6 +25,7 @@ from qkit.numerics import (
 )
 from qkit.spec import (
     BF16,
+    FP12_E5M6,
     FP16,
     FP32,
     Int,
@@ -96,7 +98,8 @@ def assert_equals_oracle(x: torch.Tensor, spec: QSpec) -> None:
     )
     q, decoded = roundtrip(x, spec)
     assert q.qparams.scale.shape == spec.granularity.scale_shape(shape)
-    assert q.qparams.scale.dtype == getattr(torch, spec.scale.torch_name)
+    kept_as = "float16" if spec.scale == FP12_E5M6 else spec.scale.torch_name
+    assert q.qparams.scale.dtype == getattr(torch, kept_as)
     np.testing.assert_array_equal(q.qparams.scale.double().numpy(), scale)
     if zero_point is None:
         assert q.qparams.zero_point is None
@@ -138,7 +141,7 @@ def test_equals_oracle_for_a_scalar(spec):
     assert_equals_oracle(torch.tensor(-2.7), spec)
 
 
-@pytest.mark.parametrize("scale", [FP16, BF16, FP32], ids=name_of)
+@pytest.mark.parametrize("scale", [FP16, BF16, FP32, FP12_E5M6], ids=name_of)
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=name_of
 )
@@ -290,7 +293,7 @@ def test_one_sided_symmetric_block_uses_half_of_the_codes(sign):
 
 
 @pytest.mark.parametrize("spec", [INT8, AFFINE8], ids=name_of)
-@pytest.mark.parametrize("scale", [FP16, BF16, FP32], ids=name_of)
+@pytest.mark.parametrize("scale", [FP16, BF16, FP32, FP12_E5M6], ids=name_of)
 def test_denormal_block_has_a_normal_scale(spec, scale):
     x = torch.tensor([1e-45, -1e-40, 3e-39])
     spec = QSpec(spec.format, spec.granularity, spec.symmetric, scale=scale)
@@ -324,6 +327,10 @@ def test_range_that_overflows_the_scale_is_refused():
     spec = QSpec(Int(8, narrow=True), PerTensor(), scale=FP16)
     with pytest.raises(InputError, match=r"overflows the fp16 scale.*layers\.0\.weight"):
         choose_qparams(torch.tensor([1e9]), spec, name="layers.0.weight")
+    greatest, spec = 127 * FP12_E5M6.max, replace(spec, scale=FP12_E5M6)
+    assert float(choose_qparams(torch.tensor([greatest]), spec).scale) == FP12_E5M6.max
+    with pytest.raises(InputError, match="overflows the fp12-e5m6 scale"):
+        choose_qparams(torch.tensor([greatest * 1.001]), spec)
 
 
 def test_float64_values_beyond_fp32_scales_are_refused():

@@ -14,6 +14,7 @@ from qkit.spec import (
     FP4_E2M1,
     FP8_E4M3,
     FP8_E5M2,
+    FP12_E5M6,
     FP16,
     FP32,
     NF4,
@@ -97,6 +98,7 @@ FLOATS = {
     FP8_E5M2: (57344.0, 2.0**-16, 15, True, True),
     FP4_E2M1: (6.0, 0.5, 2, False, False),
     E8M0: (2.0**127, 2.0**-127, 127, False, True),
+    FP12_E5M6: (65024.0, 2.0**-20, 15, True, True),
 }
 
 

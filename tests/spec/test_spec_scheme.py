@@ -15,6 +15,7 @@ from qkit.spec import (
     FP4_E2M1,
     FP8_E4M3,
     FP8_E5M2,
+    FP12_E5M6,
     FP16,
     FP32,
     NF4,
@@ -323,7 +324,7 @@ def test_an_unknown_time_is_refused():
 # ---------------------------------------------------------------- words
 
 
-@pytest.mark.parametrize("scale", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("scale", [FP32, FP16, BF16, FP12_E5M6], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_qspec_json_round_trip(symmetric, scale):
     spec = QSpec(Int(5, narrow=symmetric), PerGroup(7, axis=0), symmetric, "static", scale)

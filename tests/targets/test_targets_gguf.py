@@ -16,7 +16,7 @@ from torch import nn
 import qkit
 from qkit.errors import MissingExtraError, RequestError
 from qkit.nn import survey
-from qkit.numerics import choose_qparams, dequantize, quantize
+from qkit.numerics import QParams, QTensor, choose_qparams, dequantize, quantize
 from qkit.targets.gguf import SCHEMES, layer_obstacle, to_blocks, write_gguf
 
 
@@ -32,8 +32,29 @@ def test_blocks_dequantize_to_the_same_bits(kind, rows, groups, size, seed):
     x = torch.randn(rows, 32 * groups, generator=torch.Generator().manual_seed(seed)) * size
     spec = SCHEMES[kind].weight
     q = quantize(x, choose_qparams(x, spec), spec)
-    read = gguf.dequantize(to_blocks(q, kind), gguf.GGMLQuantizationType[kind])
+    read = gguf.dequantize(to_blocks(q), gguf.GGMLQuantizationType[kind])
     assert np.array_equal(read, dequantize(q).numpy())
+
+
+def test_every_scale_and_zero_point_of_q4_1_has_a_minimum_in_fp16():
+    """All 7-bit significands with all zero points, at both ends of fp16 and in between."""
+    spec = SCHEMES["Q4_1"].weight
+    significands = torch.arange(64, 128) / 64
+    for exponent in (-14, 0, 11):
+        scale = (significands * 2.0**exponent).half().reshape(-1, 1)
+        for zero in range(-8, 8):
+            zeros = torch.full(scale.shape, zero, dtype=torch.int8)
+            codes = torch.arange(-16, 16).clamp(-8, 7).to(torch.int8).expand(64, 32)
+            q = QTensor(codes, QParams(scale, zeros), spec)
+            read = gguf.dequantize(to_blocks(q), gguf.GGMLQuantizationType.Q4_1)
+            assert np.array_equal(read, dequantize(q).numpy())
+
+
+def test_a_minimum_beyond_fp16_is_refused():
+    x = torch.linspace(-9e5, 0, 32).reshape(1, 32)
+    spec = SCHEMES["Q4_1"].weight
+    with pytest.raises(RequestError, match=r"minimum of a block overflows.*layers\.0"):
+        to_blocks(quantize(x, choose_qparams(x, spec), spec), name="layers.0")
 
 
 def net() -> nn.Module:
