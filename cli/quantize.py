@@ -27,6 +27,13 @@ from qkit.cli.common import (
     show_default=True,
     help="rtn; gptq (needs --calib); auto: gptq below 8 bits where there is --calib.",
 )
+@click.option(
+    "--backend",
+    type=click.Choice(["qkit", "quanto"]),
+    default="qkit",
+    show_default=True,
+    help="quanto: let optimum-quanto quantize, with --scheme qint8, qint4, qint2 or qfloat8.",
+)
 @click.option("--target", default="torch", show_default=True, help="See: qkit targets.")
 @click.option(
     "--format",
@@ -88,6 +95,7 @@ def command(
     debug: bool,
     stream: bool,
     shard_size: str | None,
+    backend: str,
     **options: Any,
 ) -> None:
     """Quantize the model in PATH and verify the result.
@@ -98,15 +106,18 @@ def command(
     from qkit.cli.table import print_report
 
     from qkit.errors import UsageError
-    from qkit.flows import Request, quantize_file, stream_file
+    from qkit.flows import Request, quantize_file, quanto_file, stream_file
 
     set_threads(threads)
     talk = not (quiet or as_json)
     if shard_size and not stream:
         raise UsageError("--shard-size is for --stream")
+    if stream and backend != "qkit":
+        raise UsageError("--stream is for qkit's own quantization", got=f"--backend {backend}")
+    flow = quanto_file if backend == "quanto" else stream_file if stream else quantize_file
     shards = {"shard_bytes": size_bytes(shard_size)} if stream else {}
     with progress_bar("quantizing", enabled=talk) as progress:
-        report = (stream_file if stream else quantize_file)(
+        report = flow(
             Request(path=path, input=input_spec, **options),
             progress=progress,
             told=lambda text: click.echo(text, err=True) if talk else None,

@@ -7,6 +7,7 @@ from qkit.flows.inspect import inspect as inspect
 from qkit.flows.quantize import Request as Request
 from qkit.flows.quantize import quantize as quantize
 from qkit.flows.quantize import quantize_file as quantize_file
+from qkit.flows.quanto import quanto_file as quanto_file
 from qkit.flows.rate import RatePoint as RatePoint
 from qkit.flows.rate import rate_distortion as rate_distortion
 from qkit.flows.save import save as save

@@ -24,6 +24,7 @@ from qkit.report import (
     versions,
 )
 from qkit.spec import Recipe, Scheme
+from qkit.targets import QUANTO
 
 # Below this, a reader should look at the rows before trusting the result.
 LOW_SQNR_DB = 15.0
@@ -182,6 +183,11 @@ def _why_slow(report: Report, speedup: float, model: nn.Module) -> str:
         text += (
             f", because the reference operators ({', '.join(plain)}) unpack their weights to float "
             "at every call; what is won is size and memory"
+        )
+    elif report.target == QUANTO:
+        text += (
+            ", because optimum-quanto's layers ran, not qkit's: on a CPU most of them unpack their "
+            "weights to float at every call"
         )
     elif report.kernels:
         text += (

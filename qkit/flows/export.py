@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qkit.flows.check import model_check
 from qkit.flows.evaluate import eval_mode, fill_cost, for_dtype
 from qkit.flows.save import complete, head
-from qkit.flows.verify import verify_transformers
+from qkit.flows.verify import verify_runtime
 from qkit.models import Inputs, Source, run
 from qkit.nn import QLayer, swap
 from qkit.numerics import dequantize
@@ -59,7 +59,7 @@ def save_compressed_tensors(
         meta = head(report, source, builder, target=COMPRESSED) | facts
         reference = _with_exact_inputs(qmodel)
         save_tensors(model_check(reference, inputs), folder / CHECK)
-        result = verify_transformers(write_meta(folder, meta))
+        result = verify_runtime(write_meta(folder, meta), "transformers", "transformers")
         # Not for the finished folder: some readers take every safetensors file for weights.
         (folder / CHECK).unlink()
         write_meta(folder, meta)

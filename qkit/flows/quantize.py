@@ -273,7 +273,7 @@ def quantize_file(
     loaded = load_model(request.path, factory=request.model, trust_pickle=request.trust_pickle)
     told(f"loaded {request.path}: {loaded.source.kind}")
     model = loaded.model if loaded.model is not None else _as_tree(loaded)
-    data = _inputs(request, loaded)
+    data = request_inputs(request, loaded)
     inputs = few(data)
     if request.format == COMPRESSED:
         _check_transformers(request, loaded, inputs)
@@ -360,7 +360,8 @@ def _as_tree(loaded: Loaded) -> nn.Module:
     return tree(loaded.state_dict, loaded.layer_kinds)
 
 
-def _inputs(request: Request, loaded: Loaded) -> Inputs | None:
+def request_inputs(request: Request, loaded: Loaded) -> Inputs | None:
+    """The inputs that the options of a run name, or that are inferred; None if none are known."""
     if request.input and request.calib:
         raise UsageError("give --input or --calib, not both")
     if loaded.model is None:

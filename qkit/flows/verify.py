@@ -21,6 +21,7 @@ from torch import Tensor
 from qkit.errors import InputError, QkitError, RequestError, UsageError, VerificationError
 from qkit.flows.check import expected
 from qkit.report import compare, package_version
+from qkit.targets import COMPRESSED, QUANTO
 from qkit.targets.artifact import PROGRAM, Artifact, check_files, read_artifact
 from qkit.targets.torch import read_tensors
 
@@ -57,17 +58,49 @@ def verify(
     :class:`~qkit.errors.InputError` if a file is missing or damaged.
     """
     artifact = read_artifact(path)
-    if artifact.is_compressed_tensors:
+    if artifact.meta.get("target") in (COMPRESSED, QUANTO):
         raise RequestError(
-            "a compressed-tensors folder carries no outputs to verify it with",
+            f"a {artifact.meta['target']} folder carries no outputs to verify it with",
             where=str(path),
-            fix="it was verified when it was written; load it with transformers or qkit.load",
+            fix="it was verified when it was written; qkit.load reads it",
         )
     check_files(artifact)
     _ = artifact.layers, artifact.aliases, artifact.buffers  # also what no way below reads
     reference = expected(artifact)
     ways = _ways(artifact, reference, bool(model or source))
-    job = {
+    outputs, facts = _fresh_process(_job(artifact, ways, model, source, trust_pickle), artifact)
+    runtime = f"torch {torch.__version__}, eager"
+    return _result(ways, reference, outputs, artifact, runtime) | facts
+
+
+def verify_runtime(
+    artifact: Artifact,
+    way: str,
+    package: str,
+    *,
+    model: str | None = None,
+    source: str | Path | None = None,
+    trust_pickle: bool = False,
+) -> dict[str, Any]:
+    """Load a folder for another runtime with it in a fresh process, and compare what it computes.
+
+    ``way`` is ``transformers`` or ``quanto`` (:mod:`qkit.flows.worker`), ``package`` the runtime's
+    distribution. Takes the architecture, returns and raises as :func:`verify` does.
+    """
+    job = _job(artifact, [way], model, source, trust_pickle)
+    outputs, facts = _fresh_process(job, artifact)
+    runtime = f"{package} {package_version(package)}, torch {torch.__version__}"
+    return _result([way], expected(artifact), outputs, artifact, runtime) | facts
+
+
+def _job(
+    artifact: Artifact,
+    ways: list[str],
+    model: str | None,
+    source: str | Path | None,
+    trust_pickle: bool,
+) -> dict[str, Any]:
+    return {
         "artifact": str(artifact.path.absolute()),
         "ways": ways,
         "model": model,
@@ -75,24 +108,6 @@ def verify(
         "trust_pickle": trust_pickle,
         "threads": torch.get_num_threads(),
     }
-    outputs, facts = _fresh_process(job, artifact)
-    runtime = f"torch {torch.__version__}, eager"
-    return _result(ways, reference, outputs, artifact, runtime) | facts
-
-
-def verify_transformers(artifact: Artifact) -> dict[str, Any]:
-    """Load a folder for transformers with it in a fresh process, and compare what it computes.
-
-    Returns and raises what :func:`verify` does.
-    """
-    job = {
-        "artifact": str(artifact.path.absolute()),
-        "ways": ["transformers"],
-        "threads": torch.get_num_threads(),
-    }
-    outputs, facts = _fresh_process(job, artifact)
-    runtime = f"transformers {package_version('transformers')}, torch {torch.__version__}"
-    return _result(["transformers"], expected(artifact), outputs, artifact, runtime) | facts
 
 
 def _result(

@@ -5,7 +5,7 @@ loads, runs the stored inputs, and writes what came out; the parent compares. A 
 
 ``artifact``  the folder        ``check``    its check file
 ``ways``      what to try: ``module`` (qkit.load), ``program`` (the exported graph),
-              ``layers``, ``transformers`` (its own from_pretrained)
+              ``layers``, ``transformers`` (its own from_pretrained), ``quanto`` (requantize)
 ``model``     package.module:factory or null        ``source``  a model file for the architecture
 ``trust_pickle``  for ``source``                    ``threads`` as in the parent
 ``out``       where to write the outputs
@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from qkit.errors import InputError, QkitError
 from qkit.flows.check import inputs_of, layer_outputs
 from qkit.models import load as load_model
-from qkit.models import resolve_factory, run
+from qkit.models import resolve_factory, run, skeleton
 from qkit.models.checkpoint import Checkpoint, open_folder
-from qkit.models.factory import offline_transformers, transformers_class
+from qkit.models.factory import offline_transformers, spread, ties_of, transformers_class
 from qkit.report import peak_rss_bytes
-from qkit.targets.artifact import Artifact, read_artifact
+from qkit.targets.artifact import CONFIG, WEIGHTS, Artifact, read_artifact
 from qkit.targets.program import load_program
-from qkit.targets.torch import load, read_weights, save_tensors, with_aliases
+from qkit.targets.quanto import map_of
+from qkit.targets.torch import load, read_tensors, read_weights, save_tensors, with_aliases
 
 
 def main(job_path: str) -> int:
@@ -62,6 +63,8 @@ def _do(job: dict[str, Any]) -> None:
             continue
         if way == "transformers":
             model = _from_pretrained(artifact)
+        elif way == "quanto":
+            model = _requantized(artifact, _architecture(job))
         elif way == "program":
             model = load_program(artifact, read_weights(artifact))
         else:
@@ -86,6 +89,27 @@ def _from_pretrained(artifact: Artifact) -> nn.Module:
     wrong = {key: sorted(map(str, info[key])) for key in info if info[key]}
     if wrong:
         raise InputError("transformers does not load the weights", got=json.dumps(wrong)[:500])
+    return model.eval()
+
+
+def _requantized(artifact: Artifact, architecture: Any) -> nn.Module:
+    """The model as optimum-quanto loads it from the folder, without qkit's help."""
+    from optimum.quanto import requantize
+
+    builder, path = artifact.builder, map_of(artifact.path)
+    assert path is not None
+    if builder is not None and builder["kind"] == "transformers":
+        model = skeleton(builder, artifact.path / CONFIG)
+    else:
+        model = architecture if isinstance(architecture, nn.Module) else architecture()
+    assert isinstance(model, nn.Module)
+    state = spread(read_tensors(artifact.path / WEIGHTS), ties_of(model))
+    requantize(model, dict(state), json.loads(path.read_text(encoding="utf-8")))
+    # It loads what it finds and is content.
+    if wrong := model.state_dict().keys() ^ state.keys():
+        raise InputError("optimum-quanto does not load the weights", got=", ".join(sorted(wrong)))
+    if tie := getattr(model, "tie_weights", None):
+        tie()
     return model.eval()
 
 

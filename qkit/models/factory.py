@@ -93,8 +93,8 @@ def fill(factory: Factory, state: Mapping[str, Tensor], where: str) -> nn.Module
     if model is None or _computes_tensors(model, state):
         model = _build(factory, "cpu")
         assert model is not None
-    ties = _ties(model)
-    state = _spread(state, ties)
+    ties = ties_of(model)
+    state = spread(state, ties)
     _check_state(model, state, where)
     try:
         model.load_state_dict(dict(state), strict=True, assign=True)
@@ -107,7 +107,7 @@ def fill(factory: Factory, state: Mapping[str, Tensor], where: str) -> nn.Module
     return model
 
 
-def _ties(model: nn.Module) -> list[list[str]]:
+def ties_of(model: nn.Module) -> list[list[str]]:
     """The names that stand for one parameter, of each parameter with several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -115,8 +115,11 @@ def _ties(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _spread(state: Mapping[str, Tensor], ties: list[list[str]]) -> dict[str, Tensor]:
-    """``state`` with a tied tensor under all its names: safetensors keep one."""
+def spread(state: Mapping[str, Tensor], ties: list[list[str]]) -> dict[str, Tensor]:
+    """``state`` with each of the ``ties`` (:func:`ties_of`) under all its names.
+
+    safetensors keep one of them.
+    """
     full = dict(state)
     for names in ties:
         given = next((state[name] for name in names if name in state), None)
@@ -152,7 +155,7 @@ def _build(factory: Factory, device: str) -> nn.Module | None:
 
 def _computes_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
     """Whether the constructor made tensors whose values ``state`` does not hold."""
-    known = [*_spread(state, _ties(model))]
+    known = [*spread(state, ties_of(model))]
     named = [*model.named_parameters(), *model.named_buffers()]
     if any(n not in known and t.is_meta for n, t in named):
         return True

@@ -16,6 +16,9 @@ from qkit.models.pickles import read_pickle
 from qkit.models.sniff import sniff, weight_files
 from qkit.report import package_version
 
+# The names of optimum-quanto's quantization map: of its transformers classes, and in its README.
+QUANTO_MAPS = ("quanto_qmap.json", "quantization_map.json")
+
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped from disk."""

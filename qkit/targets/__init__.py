@@ -43,7 +43,7 @@ TARGETS = {
 }
 
 
-COMPRESSED, GGUF = "compressed-tensors", "gguf"
+COMPRESSED, GGUF, QUANTO = "compressed-tensors", "gguf", "quanto"
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ encoder-decoder never makes, and it would expect zero points that are not packed
 It also decides what becomes of ``input_activations``. With ``true`` transformers never applies
 the configuration to the model, and activations stay exact. With ``false`` compressed-tensors rounds
 the input of each layer, but not as qkit does: its int8 range is -128..127 with the scale
-``max|x| / 127.5`` (qkit: -127..127, ``/ 127``), and an input of two dimensions is rounded as a whole,
-not row by row. No configuration gives qkit's outputs exactly for ``w8a8``; so the folder says the
-truth (int8, dynamic, per token), the exact activations are the reproducible choice, and the weights
-are what is verified.
+``max|x| / 127.5`` (qkit: -127..127, ``/ 127``), and an input of two dimensions is rounded as a
+whole, not row by row. No configuration gives qkit's outputs exactly for ``w8a8``; so the folder
+says the truth (int8, dynamic, per token), the exact activations are the reproducible choice, and
+the weights are what is verified.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qkit.errors import InputError, QkitError, UsageError
 from qkit.models import skeleton
+from qkit.models.folder import read_config
 from qkit.models.folder import read_tensors as read_folder
 from qkit.nn import QUANTIZED, QLayer, swap
 from qkit.nn.layer import stored_name
@@ -37,6 +38,7 @@ from qkit.targets.artifact import (
 )
 from qkit.targets.compressed_tensors import to_own_layout
 from qkit.targets.program import load_program
+from qkit.targets.quanto import map_of, read_quanto
 
 Into = nn.Module | Callable[[], nn.Module]
 T = TypeVar("T")
@@ -139,17 +141,20 @@ def read_weights(artifact: Artifact) -> dict[str, Tensor]:
 
 
 def load(path: str | Path, into: Into | None = None) -> nn.Module:
-    """The quantized model of the artifact ``path``, in eval mode.
+    """The quantized model of the artifact (or the folder of optimum-quanto) ``path``, in eval mode.
 
     ``into`` is the architecture: a function (or class) that returns the float model, called on
     the meta device, or a module, which is changed and returned. Without ``into`` the
     architecture is rebuilt from a Hugging Face configuration in the artifact, or its
     ``torch.export`` program is used. A ``--model`` factory that the artifact names is not called:
-    that would let a data file choose what code to run.
+    that would let a data file choose what code to run. What of a folder of optimum-quanto becomes
+    a quantized layer is said in :mod:`qkit.targets.quanto`.
 
     Raises :class:`~qkit.errors.InputError` if the folder is not an artifact, or a tensor is
     missing, unexpected or misshapen; :class:`~qkit.errors.UsageError` if ``into`` is needed.
     """
+    if map_of(path) is not None:
+        return _load_quanto(Path(path), into)
     artifact = read_artifact(path)
     tensors = read_weights(artifact)
     builder = artifact.builder or {"kind": "none"}
@@ -162,28 +167,60 @@ def load(path: str | Path, into: Into | None = None) -> nn.Module:
             where=str(path),
             fix=f"pass into=ModelClass (or --model {name})",
         )
-    if isinstance(into, nn.Module):
-        return _fill(into, artifact, tensors).eval()
+    config = CONFIG if artifact.is_compressed_tensors else ARCHITECTURE
+    return _build(
+        into if into is not None else lambda: skeleton(builder, artifact.path / config),
+        lambda model: _fill(model, artifact, tensors),
+        given=into is not None,
+        path=artifact.path,
+    )
+
+
+def _load_quanto(folder: Path, into: Into | None) -> nn.Module:
+    names = (read_config(folder) or {}).get("architectures") or []
+    if into is None and not (isinstance(names, list) and isinstance(next(iter(names), None), str)):
+        raise UsageError(
+            "the folder does not carry its architecture",
+            where=str(folder),
+            fix="pass into=ModelClass (or --model package.module:factory)",
+        )
+    builder = {"kind": "transformers", "class": next(iter(names), "")}
+    return _build(
+        into if into is not None else lambda: skeleton(builder, folder / CONFIG),
+        lambda model: _fill(model, *read_quanto(folder, model)),
+        given=into is not None,
+        path=folder,
+    )
+
+
+def _build(
+    architecture: Into, fill: Callable[[nn.Module], nn.Module], *, given: bool, path: Path
+) -> nn.Module:
+    """The ``architecture`` with the tensors that ``fill`` assigns, in eval mode.
+
+    ``given`` says whether it comes from the caller, or from a file in ``path``.
+    """
+    if isinstance(architecture, nn.Module):
+        return fill(architecture).eval()
     # On the meta device a model takes no memory; what it computes in its constructor and keeps
     # as a plain attribute has no values there, and then it is built again on the CPU.
-    config = CONFIG if artifact.is_compressed_tensors else ARCHITECTURE
     for device in ("meta", "cpu"):
         try:
             with torch.device(device):
-                model = into() if into is not None else skeleton(builder, artifact.path / config)
+                model = architecture()
         except QkitError:
             raise
         except Exception as error:
             if device == "meta":
                 continue
-            if into is not None:
+            if given:
                 raise UsageError(f"the model's factory failed: {error!r}") from error
             raise InputError(
                 f"the architecture in the artifact cannot be built: {error}", where=str(path)
             ) from error
         if not isinstance(model, nn.Module):
             raise UsageError("into() must return an nn.Module", got=type(model).__name__)
-        model = _fill(model, artifact, tensors)
+        model = fill(model)
         if not any(_holds_meta(module) for module in model.modules()):
             return model.eval()
     raise InputError("the model keeps tensors on the meta device", where=str(path))

@@ -41,6 +41,8 @@ def test_1_the_machine_failed(models, tmp_path):
         (["--format", "compressed-tensors", "--stream"], 2, "--stream writes qkit's own format"),
         (["--format", "compressed-tensors", "--scheme", "nf4"], 7, "is not written with nf4"),
         (["--format", "compressed-tensors"], 7, "is for Hugging Face folders"),
+        (["--backend", "quanto", "--stream"], 2, "--stream is for qkit's own quantization"),
+        (["--backend", "quanto", "--scheme", "w4a16"], 2, "not a type of optimum-quanto's"),
     ],
 )
 def test_formats_that_are_refused(options, code, text, models, tmp_path):
