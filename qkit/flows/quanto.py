@@ -143,10 +143,19 @@ def _quantize(
     for entry in chosen:
         check_finite(_weight(entry), entry.name)
     qmodel = copy.deepcopy(model)
-    quanto.quantize(qmodel, weights=kind, include=[glob.escape(entry.name) for entry in chosen])
-    quanto.freeze(qmodel)
     if kind in BITS:
         _check_unpack()
+    try:
+        quanto.quantize(qmodel, weights=kind, include=[glob.escape(e.name) for e in chosen])
+        quanto.freeze(qmodel)
+    except Exception as error:  # of a library that checks little
+        raise RequestError(
+            "optimum-quanto fails on the model",
+            where=request.path,
+            got=_first_line(error),
+            fix="another type of weights, or --ignore a layer",
+        ) from error
+    _check_values(qmodel, [entry.name for entry in chosen], kind)
     rows = []
     for done, plan in enumerate(plans, 1):
         rows.append(_row(plan, kind, qmodel))
@@ -187,9 +196,25 @@ def _check_unpack() -> None:
     except Exception as error:  # whatever a compiler says
         raise RequestError(
             "optimum-quanto could not compile its operator for 4 and 2 bits",
-            got=(str(error).strip().splitlines() or [type(error).__name__])[0][:200],
+            got=_first_line(error),
             fix="a C++ compiler and ninja on the PATH, or qint8 or qfloat8",
         ) from error
+
+
+def _check_values(qmodel: nn.Module, names: list[str], kind: str) -> None:
+    """quanto divides a row of zeros by its scale, which is zero: the floats are NaN then."""
+    layers: dict[str, Any] = {name: qmodel.get_submodule(name) for name in names}
+    bad = [n for n, m in layers.items() if not torch.isfinite(m.weight.dequantize()).all()]
+    if bad:
+        raise RequestError(
+            f"optimum-quanto makes NaN of weights as {kind}: of a row of zeros, for instance",
+            got=", ".join(bad),
+            fix=" ".join(f"--ignore {name}" for name in bad) + ", or qint8",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _row(plan: Plan, kind: str, qmodel: nn.Module) -> LayerRow:

@@ -203,6 +203,37 @@ def test_a_model_of_one_layer_and_damage(tmp_path, fast):
         quanto_file(request(tmp_path / "bad.pt", input="2x8"))
 
 
+def test_rows_of_zeros(tmp_path, fast):
+    """quanto computes 0 / 0 for them: harmless as an integer with the scale 0, NaN as a float."""
+    dead = nn.Sequential(nn.Linear(8, 3), nn.Linear(3, 2)).eval()
+    dead[0].weight.data[1] = 0
+    torch.save(dead, tmp_path / "dead.pt")
+    asked = {"input": "2x8", "dry_run": True}
+    assert quanto_file(request(tmp_path / "dead.pt", **asked)).coverage["fraction"] == 1
+    with pytest.raises(RequestError, match=r"makes NaN.*got: 0; fix: --ignore 0"):
+        quanto_file(request(tmp_path / "dead.pt", "qfloat8", **asked))
+
+
+def test_what_quanto_fails_on(tmp_path, fast, monkeypatch):
+    from optimum import quanto
+
+    def fails(model: nn.Module) -> None:
+        raise RuntimeError("expect N to be dividable by 16")  # bf16 qint4 with 4 rows
+
+    monkeypatch.setattr(quanto, "freeze", fails)
+    torch.save(nn.Sequential(nn.Linear(256, 4)), tmp_path / "net.pt")
+    with pytest.raises(RequestError, match=r"fails on the model.*dividable by 16"):
+        quanto_file(request(tmp_path / "net.pt", input="2x256"))
+
+
+def test_a_16_bit_model(tmp_path, monkeypatch):
+    """In a fresh process: there the inputs come from a file, whose tensors are not aligned."""
+    monkeypatch.setattr(sys.modules["qkit.flows.quanto"], "fill_latency", lambda *given: None)
+    torch.save(nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 4)).bfloat16(), tmp_path / "net.pt")
+    report = quanto_file(request(tmp_path / "net.pt", input="2x256:bf16"))
+    assert report.verification["bit_identical"]
+
+
 def test_without_a_compiler_four_bits_are_refused(source, monkeypatch):
     from optimum.quanto.library.extensions import cpp
 
