@@ -49,7 +49,7 @@ def is_callable(artifact: Artifact) -> bool:
 def inputs_of(artifact: Artifact) -> Inputs:
     """The inputs in the check file of ``artifact``."""
     # Not mapped from the file, where they may lie at any address: torch's own int8 product for bf16
-    # (of optimum-quanto's layers) crashes on inputs that are not aligned to 32 bytes.
+    # (in optimum-quanto's layers) crashes on what is not aligned to 32 bytes.
     tensors = {name: t.clone() for name, t in read_tensors(artifact.path / CHECK).items()}
     args = {k: t for k, t in tensors.items() if k.startswith("input.args.")}
     prefix = "input.kwargs."

@@ -47,6 +47,12 @@ from qkit.targets.staging import check_destination, staged
 from qkit.targets.torch import copy_config, read_tensors, save_tensors
 
 DISTRIBUTION = "optimum-quanto"
+BF16_CRASH = (
+    "torch's int8 product for bf16, which optimum-quanto calls, crashes on weights that are not "
+    "aligned to 32 bytes (seen in torch 2.13 with AVX-512), as those mapped from a safetensors "
+    "file may be: give requantize copies ({k: t.clone() for k, t in state.items()}), as the "
+    "verification did; its from_pretrained does not copy"
+)
 # quanto's own short name, and what --scheme says where nobody chose.
 _NAMES = {"qfloat8": "qfloat8_e4m3fn", "w8a16": "qint8"}
 
@@ -165,6 +171,8 @@ def _quantize(
     report.scheme, report.scheme_long = kind, f"{kind}: weights by optimum-quanto {version}"
     report.recipe = {"backend": QUANTO, "weights": kind, "ignore": list(request.ignore)}
     report.versions |= {DISTRIBUTION: str(version)}
+    if kind == "qint8" and any(_weight(entry).dtype == torch.bfloat16 for entry in chosen):
+        report.remarks.append(BF16_CRASH)
     report.size_bytes = {"source": _bytes(model.state_dict()), "artifact": _bytes(_state(qmodel))}
     size = report.size_bytes
     size["ratio"] = round(size["artifact"] / size["source"], 4)

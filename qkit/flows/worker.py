@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from qkit.errors import InputError, QkitError
 from qkit.flows.check import inputs_of, layer_outputs
 from qkit.models import load as load_model
-from qkit.models import resolve_factory, run, skeleton
+from qkit.models import resolve_factory, run
 from qkit.models.checkpoint import Checkpoint, open_folder
 from qkit.models.factory import offline_transformers, spread, ties_of, transformers_class
 from qkit.report import peak_rss_bytes
-from qkit.targets.artifact import CONFIG, WEIGHTS, Artifact, read_artifact
+from qkit.targets.artifact import WEIGHTS, Artifact, read_artifact
 from qkit.targets.program import load_program
 from qkit.targets.quanto import map_of
 from qkit.targets.torch import load, read_tensors, read_weights, save_tensors, with_aliases
@@ -99,11 +99,16 @@ def _requantized(artifact: Artifact, architecture: Any) -> nn.Module:
     builder, path = artifact.builder, map_of(artifact.path)
     assert path is not None
     if builder is not None and builder["kind"] == "transformers":
-        model = skeleton(builder, artifact.path / CONFIG)
+        with offline_transformers() as transformers:
+            cls = transformers_class(transformers, builder["class"], artifact.path)
+            config = transformers.AutoConfig.from_pretrained(artifact.path, local_files_only=True)
+            model = cls._from_config(config)  # as quanto does: in the dtype that config.json names
     else:
         model = architecture if isinstance(architecture, nn.Module) else architecture()
     assert isinstance(model, nn.Module)
-    state = spread(read_tensors(artifact.path / WEIGHTS), ties_of(model))
+    # Copied, not mapped: see BF16_CRASH in qkit.flows.quanto.
+    stored = {name: t.clone() for name, t in read_tensors(artifact.path / WEIGHTS).items()}
+    state = spread(stored, ties_of(model))
     requantize(model, dict(state), json.loads(path.read_text(encoding="utf-8")))
     # It loads what it finds and is content.
     if wrong := model.state_dict().keys() ^ state.keys():

@@ -1,4 +1,4 @@
-"""Binary floats: fp32, fp16 and bf16, those of 8 and 4 bits, and the power of two ``e8m0``."""
+"""Binary floats: fp32, fp16 and bf16, those of 8 and 4 bits, and two formats of scales alone."""
 
 from __future__ import annotations
 

@@ -114,6 +114,14 @@ def test_the_report_and_the_folder_in_a_fresh_process(source):
         quanto_file(asked)
 
 
+def test_a_hugging_face_folder_of_16_bits(tmp_path, fast):
+    build("tied", torch.bfloat16).save_pretrained(tmp_path / "src")
+    report = quanto_file(request(tmp_path / "src"))
+    assert report.verification["bit_identical"]
+    model = qkit.load(request(tmp_path / "src").output)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("kind", ["qint8", "qfloat8"])
 @pytest.mark.parametrize("family", ["llama", "tied", "t5"])
 def test_hugging_face_folders(family, kind, tmp_path, fast):
@@ -227,11 +235,12 @@ def test_what_quanto_fails_on(tmp_path, fast, monkeypatch):
 
 
 def test_a_16_bit_model(tmp_path, monkeypatch):
-    """In a fresh process: there the inputs come from a file, whose tensors are not aligned."""
+    """In a fresh process: there inputs and weights come from a file, and are not aligned."""
     monkeypatch.setattr(sys.modules["qkit.flows.quanto"], "fill_latency", lambda *given: None)
     torch.save(nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 4)).bfloat16(), tmp_path / "net.pt")
     report = quanto_file(request(tmp_path / "net.pt", input="2x256:bf16"))
     assert report.verification["bit_identical"]
+    assert any("crashes on weights that are not aligned" in remark for remark in report.remarks)
 
 
 def test_without_a_compiler_four_bits_are_refused(source, monkeypatch):
