@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import glob
+import importlib
 import json
 import time
 from collections.abc import Callable
@@ -134,14 +135,26 @@ def _resolve(request: Request) -> str:
             )
     if package_version(DISTRIBUTION) is None:
         raise MissingExtraError(DISTRIBUTION, "quanto", needed_for="--backend quanto")
+    _quanto()
     return kind
+
+
+def _quanto() -> Any:
+    """The library: a torchvision that does not fit torch, for instance, breaks its import."""
+    try:
+        return importlib.import_module("optimum.quanto")
+    except Exception as error:  # of whatever it imports
+        raise RequestError(
+            "optimum-quanto is installed and cannot be imported",
+            got=_first_line(error),
+            fix="see: qkit doctor",
+        ) from error
 
 
 def _quantize(
     model: nn.Module, kind: str, request: Request, progress: Progress
 ) -> tuple[nn.Module, Report]:
-    from optimum import quanto
-
+    quanto = _quanto()
     # The recipe says which layers; its scheme, that they are layers with a quantized weight.
     recipe = Recipe.simple(parse("w8a16"), request.ignore)
     plans = plan_layers(model, recipe, _obstacle_in(model))
@@ -269,8 +282,6 @@ def _save(
     request: Request,
     start: float,
 ) -> None:
-    from optimum import quanto
-
     source, builder = loaded.source, loaded.builder
     inputs = for_dtype(inputs, qmodel)
     with staged(out, overwrite=request.overwrite) as folder, eval_mode(qmodel):
@@ -282,7 +293,7 @@ def _save(
             QuantizedTransformersModel(qmodel)._save_pretrained(folder)
         else:
             save_tensors(_state(qmodel), folder / WEIGHTS)
-            text = json.dumps(quanto.quantization_map(qmodel), indent=4)
+            text = json.dumps(_quanto().quantization_map(qmodel), indent=4)
             (folder / QUANTO_MAPS[1]).write_text(text + "\n", encoding="utf-8")
         meta = head(report, source, builder, target=QUANTO)
         extra = [n for n in read_tensors(folder / WEIGHTS) if n.endswith(("_scale", "_shift"))]

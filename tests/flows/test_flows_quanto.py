@@ -200,6 +200,12 @@ def test_without_the_package(source, monkeypatch):
         quanto_file(request(source))
 
 
+def test_a_package_that_does_not_import(source, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optimum.quanto", None)
+    with pytest.raises(RequestError, match=r"cannot be imported.*optimum\.quanto.*qkit doctor"):
+        quanto_file(request(source))
+
+
 def test_a_model_of_one_layer_and_damage(tmp_path, fast):
     torch.save(nn.Linear(8, 3), tmp_path / "one.pt")
     with pytest.raises(CoverageError, match="nothing was quantized"):
