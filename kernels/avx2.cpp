@@ -123,5 +123,6 @@ TARGET_END
 
 const Table avx2_table = {
     "avx2",  VW,     NR,    range, quantize, dequantize, pack,   unpack, decode,
-    arrange, linear, STRIP, RL,    false,    false, widen,      narrow, digits, ones,   integer};
+    arrange, linear, STRIP, RL,    false,    false, widen,      narrow, digits, ones,   integer,
+    nullptr};
 #endif

@@ -54,6 +54,36 @@ void range(const float* x, int64_t n, int64_t block, float* lo, float* hi) {
     }
 }
 
+// 16 ANS states make a step; those that fall below the bound take the next words, in order.
+inline __m512i ans_step(const AnsTable& table, uint32_t bits, __m512i x, const uint8_t** p,
+                        uint8_t* out) {
+    __m512i slot = _mm512_and_si512(x, _mm512_set1_epi32((1 << bits) - 1));
+    __m512i step = _mm512_i32gather_epi32(slot, table.step, 4);
+    __m512i symbol = _mm512_i32gather_epi32(slot, table.symbol, 1);
+    _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(symbol));
+    x = _mm512_mullo_epi32(_mm512_and_si512(step, _mm512_set1_epi32(0xffff)),
+                           _mm512_srli_epi32(x, bits));
+    x = _mm512_add_epi32(x, _mm512_srli_epi32(step, 16));
+    __mmask16 low = _mm512_cmplt_epu32_mask(x, _mm512_set1_epi32(AnsTable::lower_bound));
+    __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)*p));
+    *p += 2 * _mm_popcnt_u32(low);
+    x = _mm512_mask_slli_epi32(x, low, x, 16);
+    return _mm512_or_si512(x, _mm512_maskz_expand_epi32(low, words));
+}
+
+uint64_t ans_rounds(const AnsTable& table, uint32_t bits, uint32_t* x, const uint8_t** p,
+                    const uint8_t* end, uint8_t* out, uint64_t count) {
+    __m512i lo = _mm512_loadu_si512(x), hi = _mm512_loadu_si512(x + 16);
+    uint64_t i = 0;
+    for (; i + 32 <= count && end - *p >= 64; i += 32) {
+        lo = ans_step(table, bits, lo, p, out + i);
+        hi = ans_step(table, bits, hi, p, out + i + 16);
+    }
+    _mm512_storeu_si512(x, lo);
+    _mm512_storeu_si512(x + 16, hi);
+    return i;
+}
+
 void quantize(const float* x, int64_t n, int64_t block, const float* scale,
               const int8_t* zero_point, int32_t qmin, int32_t qmax, int8_t* codes) {
     __m512 least = _mm512_set1_ps((float)qmin), greatest = _mm512_set1_ps((float)qmax);
@@ -336,10 +366,10 @@ TARGET_END
 const Table avx512_table = {
     "avx512", VW,     NR,    range,     quantize, dequantize, pack,   unpack,        decode,
     arrange,  linear, STRIP, words::rl, false,    false,      widen,  narrow,        words::digits,
-    words::ones, words::integer};
+    words::ones, words::integer, ans_rounds};
 
 const Table vnni_table = {
     "avx512vnni", VW,     NR,    range, quantize, dequantize, pack,   unpack,        decode,
     arrange,      linear, STRIP, RL,    true,     true,       widen,  narrow,        bytes::digits,
-    bytes::ones, bytes::integer};
+    bytes::ones, bytes::integer, ans_rounds};
 #endif

@@ -6,6 +6,8 @@
 #include <memory>
 #include <new>
 
+#include "pool.h"
+
 #if !defined(_WIN32) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the streams are read and written as little-endian words"
 #endif
@@ -15,8 +17,7 @@ namespace {
 constexpr uint32_t max_lanes = 32;
 constexpr uint32_t max_length = 12;
 constexpr uint32_t table_size = 1u << max_length;
-constexpr uint32_t max_bits = 15;
-constexpr uint32_t lower_bound = 1u << 16;  // of a normalised ANS state
+constexpr uint32_t lower_bound = AnsTable::lower_bound;
 
 template <class T>
 T load(const uint8_t* p) {
@@ -231,33 +232,27 @@ int32_t huffman_encode_block(const uint8_t* lengths, const uint16_t* codes, uint
 // -------------------------------------------------------------------------------- range ANS
 
 bool valid_frequencies(const uint16_t* frequencies, uint32_t bits) {
-    if (bits < 12 || bits > max_bits) return false;
+    if (bits < 12 || bits > AnsTable::max_bits) return false;
     uint32_t sum = 0;
     for (int s = 0; s < 256; ++s) sum += frequencies[s];
     return sum == 1u << bits;
 }
 
-// For each of the 2^bits slots: its symbol, that symbol's frequency and the slot's rank in it.
-struct AnsTable {
-    uint32_t step[1u << max_bits];  // frequency | rank << 16
-    uint8_t symbol[1u << max_bits];
+void build(AnsTable &table, const uint16_t* frequencies) {
+    uint32_t slot = 0;
+    for (uint32_t s = 0; s < 256; ++s)
+        for (uint32_t rank = 0; rank < frequencies[s]; ++rank, ++slot) {
+            table.step[slot] = frequencies[s] | rank << 16;
+            table.symbol[slot] = static_cast<uint8_t>(s);
+        }
+}
 
-    void build(const uint16_t* frequencies) {
-        uint32_t slot = 0;
-        for (uint32_t s = 0; s < 256; ++s)
-            for (uint32_t rank = 0; rank < frequencies[s]; ++rank, ++slot) {
-                step[slot] = frequencies[s] | rank << 16;
-                symbol[slot] = static_cast<uint8_t>(s);
-            }
-    }
-
-    // No overflow: frequency * (x >> bits) + rank < 2^bits * 2^(32 - bits).
-    uint32_t next(uint32_t x, uint32_t bits, uint8_t* out) const {
-        uint32_t slot = x & ((1u << bits) - 1);
-        *out = symbol[slot];
-        return (step[slot] & 0xffff) * (x >> bits) + (step[slot] >> 16);
-    }
-};
+// No overflow: frequency * (x >> bits) + rank < 2^bits * 2^(32 - bits).
+uint32_t next(const AnsTable &table, uint32_t x, uint32_t bits, uint8_t* out) {
+    uint32_t slot = x & ((1u << bits) - 1);
+    *out = table.symbol[slot];
+    return (table.step[slot] & 0xffff) * (x >> bits) + (table.step[slot] >> 16);
+}
 
 // `Lanes` is a constant in the common case, so that the inner loop is unrolled; 0 means `given`.
 template <uint32_t Lanes>
@@ -272,16 +267,18 @@ bool ans_decode_block(const AnsTable &table, uint32_t bits, uint32_t given, cons
     }
     const uint8_t* p = in + 4ull * lanes, *end = in + size;
     uint64_t i = 0;
+    if (auto rounds = Lanes == max_lanes ? ::table().ans_rounds : nullptr)
+        i = rounds(table, bits, x, &p, end, out, count);
     for (; i + lanes <= count && static_cast<uint64_t>(end - p) >= 2ull * lanes; i += lanes)
         for (uint32_t j = 0; j < lanes; ++j) {
-            uint32_t y = table.next(x[j], bits, out + i + j);
+            uint32_t y = next(table, x[j], bits, out + i + j);
             // Without a branch, which could not be predicted.
             uint32_t low = 0u - (y < lower_bound);
             x[j] = y << (low & 16) | (load<uint16_t>(p) & low);
             p += low & 2;
         }
     for (uint32_t j = 0; i < count; ++i, j = j + 1 == lanes ? 0 : j + 1) {
-        x[j] = table.next(x[j], bits, out + i);
+        x[j] = next(table, x[j], bits, out + i);
         if (x[j] >= lower_bound) continue;
         if (p == end) return false;
         x[j] = x[j] << 16 | load<uint16_t>(p);
@@ -392,7 +389,7 @@ int32_t qkit_ans_decode(const uint16_t* frequencies, uint32_t bits, uint32_t lan
     if (!valid_frequencies(frequencies, bits)) return QKIT_ENTROPY_TABLE;
     std::unique_ptr<AnsTable> table(new (std::nothrow) AnsTable);
     if (!table) return QKIT_ENTROPY_MEMORY;
-    table->build(frequencies);
+    build(*table, frequencies);
     auto decode = lanes == max_lanes ? ans_decode_block<max_lanes> : ans_decode_block<0>;
     return decode_blocks(blocks, payload, payload_bytes, offsets, out,
                          [&](const uint8_t* in, uint64_t size, uint8_t* to, uint64_t n) {

@@ -179,10 +179,10 @@ TARGET_END
 const Table neon_table = {
     "neon",  VW,     NR,    range, quantize, dequantize, pack,  unpack, decode,
     arrange, linear, STRIP, RL,    false,    false,      widen, narrow, words::digits,
-    words::ones, words::integer};
+    words::ones, words::integer, nullptr};
 
 const Table dotprod_table = {
     "dotprod", VW,     NR,    range, quantize, dequantize, pack,  unpack, decode,
     arrange,   linear, STRIP, RL,    false,    false,      widen, narrow, bytes::digits,
-    bytes::ones, bytes::integer};
+    bytes::ones, bytes::integer, nullptr};
 #endif

@@ -122,4 +122,5 @@ inline VI vdot(VI s, const W& w, D d) {
 
 const Table scalar_table = {
     "scalar", VW,    NR,     range,  quantize, dequantize, pack, unpack,  decode,
-    arrange,  linear, STRIP, RL,     false,    false, widen,      narrow, digits, ones, integer};
+    arrange,  linear, STRIP, RL,     false,    false, widen,      narrow, digits, ones, integer,
+    nullptr};

@@ -75,6 +75,13 @@ struct Output {
     const float* bias;
 };
 
+// ANS: for each of the 2^bits slots its symbol, that symbol's frequency and the slot's rank in it.
+struct AnsTable {
+    static constexpr uint32_t max_bits = 15, lower_bound = 1u << 16;  // of a normalised state
+    uint32_t step[1u << max_bits];       // frequency | rank << 16
+    uint8_t symbol[(1u << max_bits) + 3];  // four bytes are read at a time
+};
+
 struct Table {
     const char* name;
     int64_t lanes, strip;  // of a linear layer: columns of x, rows of the weight done together
@@ -100,6 +107,10 @@ struct Table {
     void (*ones)(const Plan& plan, int64_t row, Digits& out);
     void (*integer)(const Plan& plan, const Digits& digits, const Output& out, int64_t first,
                     int64_t last);
+    // Decode rounds of 32 ANS states while 32 symbols are wanted and 64 bytes are left; see
+    // entropy.cpp. How many symbols that made; null: where gathers do not pay.
+    uint64_t (*ans_rounds)(const AnsTable& table, uint32_t bits, uint32_t* x, const uint8_t** p,
+                           const uint8_t* end, uint8_t* out, uint64_t count);
 };
 
 extern const Table scalar_table;

@@ -1,46 +1,35 @@
-"""Both ways to run the entropy coders: numpy, and the kernels compiled here from their source."""
+"""The ways to run the entropy coders: numpy, the kernels' scalar code, and their best code."""
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
+import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
+from qkit import native
 from qkit.packing.entropy import compiled
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-WAYS = ["numpy", "native"]
+WAYS = ["numpy", "scalar", "native"]
 Use = Callable[[str], None]
 
 
-@pytest.fixture(scope="session")
-def entropy_kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL | None:
-    """``kernels/entropy.cpp`` on its own; None without a compiler."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        return None
-    path = tmp_path_factory.mktemp("kernels") / "entropy.so"
-    flags = ["-O3", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run([compiler, *flags, KERNELS / "entropy.cpp", "-o", path], check=True)
-    return ctypes.CDLL(str(path))
-
-
 @pytest.fixture(scope="module")
-def use(entropy_kernels: ctypes.CDLL | None) -> Iterator[Use]:
+def use() -> Iterator[Use]:
     """A function that chooses the way."""
+    kernels = native.library()
+
+    def choose(way: str) -> None:
+        if way != "numpy" and kernels is None:
+            pytest.skip(f"no kernels: {native.status()}")
+        patch.setattr(compiled, "library", lambda: None if way == "numpy" else kernels)
+        if kernels is not None:
+            kernels.qkit_use(b"scalar" if way == "scalar" else usual)
+
+    usual = os.environ.get("QKIT_ISA", "").encode() or None
     with pytest.MonkeyPatch.context() as patch:
-
-        def choose(way: str) -> None:
-            if way == "native" and entropy_kernels is None:
-                pytest.skip("no C++ compiler")
-            kernels = entropy_kernels if way == "native" else None
-            patch.setattr(compiled, "library", lambda: kernels)
-
         yield choose
+        choose("native" if kernels is not None else "numpy")
 
 
 @pytest.fixture(scope="module", params=WAYS)
