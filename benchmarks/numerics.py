@@ -399,7 +399,7 @@ def quality() -> None:
         "MiniLM": minilm(),
         "outlier columns": outliers,
     }
-    casts = [name for name in PRESETS if parse(name).is_cast]
+    casts = [name for name in PRESETS if parse(name).weight.is_cast]
     names = [*default_schemes(), CODEBOOK, *casts]
     for (kind, weight), name in itertools.product(weights.items(), names):
         if weight is None:

@@ -33,8 +33,7 @@ def command(names: tuple[str, ...], as_json: bool, debug: bool) -> None:
         return
     for name, scheme in schemes:
         runs = ", ".join(targets_of(scheme))
-        state = f"  [target {runs}]" if runs else "  [no target runs it yet]"
-        click.echo(f"{name:18} {PRESETS.get(scheme.name, 'as follows')}{state}")
+        click.echo(f"{name:18} {PRESETS.get(scheme.name, 'as follows')}  [target {runs}]")
         click.echo(f"{'':18} {scheme.long_form()}")
     if not names:
         click.echo("\nGrammar: w<1-8>a<16|32|8|4>[-g<size>|-channel|-tensor][-sym|-asym]")

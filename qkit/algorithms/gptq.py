@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from qkit.algorithms.stats import Stats
-from qkit.numerics import QParams, QTensor, choose_qparams, code_dtype
+from qkit.numerics import QParams, QTensor, cast_codes, choose_qparams, code_dtype
 from qkit.numerics.blocks import from_blocks, per_block, to_blocks
-from qkit.spec import Int, QSpec
+from qkit.numerics.values import decode, encode
+from qkit.spec import Format, Int, QSpec
 
 # Added to H's diagonal, as a share of its mean: the less data, the less H is to be believed.
 DAMP = 0.05
@@ -28,13 +29,13 @@ def gptq(weight: Tensor, spec: QSpec, stats: Stats, *, name: str = "weight") -> 
     """``weight`` ``[out, in]`` quantized by ``spec``, with the inputs' second moments in ``stats``.
 
     ``stats.moment`` is ``[groups, in, in]``; of a grouped convolution, each group's rows see
-    their own inputs. Raises :class:`~qkit.errors.InputError`, naming ``name``, if a value is not
-    finite.
+    their own inputs. Raises what :func:`qkit.algorithms.rtn` raises.
     """
     fmt = spec.format
-    if not isinstance(fmt, Int):
-        raise TypeError(f"{fmt} has no codes: cast it (qkit.numerics.cast)")
-    qparams = choose_qparams(weight, spec, name=name)
+    if spec.is_cast:
+        qparams = cast_codes(weight, spec, name=name).qparams
+    else:
+        qparams = choose_qparams(weight, spec, name=name)
     scale, zero_point = _per_value(qparams, spec, weight)
     groups = len(stats.moment)
     rows = zip(
@@ -62,7 +63,9 @@ def _per_value(qparams: QParams, spec: QSpec, weight: Tensor) -> tuple[Tensor, T
     )
 
 
-def _round(weight: Tensor, scale: Tensor, zero_point: Tensor, moment: Tensor, fmt: Int) -> Tensor:
+def _round(
+    weight: Tensor, scale: Tensor, zero_point: Tensor, moment: Tensor, fmt: Format
+) -> Tensor:
     """The codes of some rows, all of which see inputs with the same ``moment``."""
     order = moment.diagonal().argsort(descending=True, stable=True)
     factor = _inverse_factor(moment[order][:, order])
@@ -74,13 +77,21 @@ def _round(weight: Tensor, scale: Tensor, zero_point: Tensor, moment: Tensor, fm
         errors = torch.empty_like(block)
         for i in range(stop - start):
             at = start + i
-            code = (block[:, i] / scale[:, at]).round_().add_(zero_point[:, at])
-            codes[:, at] = code.clamp_(fmt.qmin, fmt.qmax)
-            value = (codes[:, at] - zero_point[:, at]) * scale[:, at]
+            codes[:, at], value = _nearest(block[:, i] / scale[:, at], zero_point[:, at], fmt)
+            value = value * scale[:, at]
             errors[:, i] = (block[:, i] - value) / factor[at, at]
             block[:, i + 1 :] -= errors[:, i, None] * factor[at, at + 1 : stop]
         weight[:, stop:] -= errors @ factor[start:stop, stop:]
     return codes[:, order.argsort()]
+
+
+def _nearest(x: Tensor, zero_point: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """The codes nearest to ``x`` (a weight over its scale), and what they stand for."""
+    if isinstance(fmt, Int):
+        codes = x.round_().add_(zero_point).clamp_(fmt.qmin, fmt.qmax)
+        return codes, codes - zero_point
+    found = encode(x, fmt)
+    return found.to(x.dtype), decode(found, fmt, x.dtype)
 
 
 def _inverse_factor(moment: Tensor) -> Tensor:

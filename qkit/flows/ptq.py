@@ -18,7 +18,7 @@ from qkit.models import Inputs
 from qkit.nn import QUANTIZED, Entry, QLayer, survey, swap
 from qkit.numerics import QParams, QTensor, cast, check_finite, dequantize
 from qkit.report import LayerRow, tensor_sqnr_db
-from qkit.spec import Float, Recipe, Rule, Scheme
+from qkit.spec import Float, QSpec, Recipe, Rule, Scheme
 
 Progress = Callable[[int, int, str], None]
 
@@ -253,13 +253,19 @@ def _quantize_layer(
     else:
         algorithm = rule.algorithm if rule.algorithm in DATA_FREE else "rtn"
         q = DATA_FREE[algorithm](weight.flatten(1), spec, name=full_name)
+    decoded = dequantize(q)
+    notes = [
+        short_group(q),
+        _unreached(rule, algorithm),
+        _underflow(weight.flatten(1), decoded, spec),
+    ]
     row = quantized_row(
         entry,
         rule.scheme.name,
         algorithm,
         q.bits_per_weight,
-        tensor_sqnr_db(weight.flatten(1), dequantize(q)),
-        "; ".join(filter(None, (short_group(q), _unreached(rule, algorithm)))) or None,
+        tensor_sqnr_db(weight.flatten(1), decoded),
+        "; ".join(filter(None, notes)) or None,
     )
     return quantized.from_float(module, q, rule.scheme.input, input_qparams), row
 
@@ -309,6 +315,12 @@ def short_group(q: QTensor) -> str | None:
 
 def _unreached(rule: Rule, algorithm: str) -> str | None:
     return None if algorithm == rule.algorithm else f"{algorithm}: no calibration data reached it"
+
+
+def _underflow(weight: Tensor, decoded: Tensor, spec: QSpec) -> str | None:
+    """How many values a cast without a scale lost; those that are too large, it refuses."""
+    lost = int(((decoded == 0) & (weight != 0)).sum()) if spec.is_cast else 0
+    return f"{lost} values became zero" if lost else None
 
 
 def left_row(entry: Entry, reason: str | None) -> LayerRow:

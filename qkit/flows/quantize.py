@@ -38,7 +38,7 @@ from qkit.models import Inputs, Loaded, from_npz, infer, parse_input_spec, run
 from qkit.models import load as load_model
 from qkit.nn import tree
 from qkit.report import Report
-from qkit.spec import Float, Int, Recipe, Scheme, parse
+from qkit.spec import Float, Recipe, Scheme, parse
 from qkit.targets import COMPRESSED, GGUF, check_format, compressed_tensors, gguf
 from qkit.targets import check as check_target
 from qkit.targets.staging import check_destination, check_file_destination
@@ -70,7 +70,7 @@ def resolve_recipe(
     _check_algorithms(recipe, calibrated=calibrated)
     for each in schemes:
         check_target(target, each)
-    if any(each.is_cast for each in schemes) and len(recipe.rules) > 1:
+    if any(each.casts_model for each in schemes) and len(recipe.rules) > 1:
         raise UsageError(
             "a cast applies to the whole model: its layers exchange activations of that type",
             got=f"{main.name} with {len(recipe.rules)} rules",
@@ -80,7 +80,7 @@ def resolve_recipe(
 
 
 def _few_bits(scheme: Scheme) -> bool:
-    return isinstance(scheme.weight.format, Int) and scheme.weight.format.bits < 8
+    return scheme.weight.format.bits < 8
 
 
 def _check_algorithms(recipe: Recipe, *, calibrated: bool) -> None:
@@ -172,7 +172,7 @@ def _quantize(
         with eval_mode(model):
             run(model, inputs)  # a clear error about the inputs, before anything is paid for
     float_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    if scheme.is_cast and isinstance(scheme.weight.format, Float):
+    if scheme.casts_model and isinstance(scheme.weight.format, Float):
         qmodel, rows = cast_module(
             model, scheme.weight.format, in_place=in_place, progress=progress
         )

@@ -152,7 +152,7 @@ def _resolve(request: Request) -> tuple[Scheme, Recipe]:
 
 
 def _obstacle(scheme: Scheme) -> str | None:
-    if scheme.is_cast:
+    if scheme.weight.is_cast:
         return "casts are not streamed"
     if isinstance(scheme.weight.granularity, PerTensor):
         return "the scale of a whole tensor is known only once all of it is read"

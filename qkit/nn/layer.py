@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from qkit import ops
-from qkit.numerics import QParams, QTensor
+from qkit.numerics import QParams, QTensor, no_scale
 from qkit.packing import from_tensors, tensor_specs, to_tensors
-from qkit.packing.store import Stored, matrix_shape
-from qkit.spec import Codebook, QSpec, Scheme
+from qkit.packing.store import Stored, levels_of, matrix_shape
+from qkit.spec import Float, QSpec, Scheme
 
 # The module's own name for the stored int8 tensor ``weight``: see QLayer.weight.
 CODES = "weight_codes"
@@ -40,7 +40,7 @@ class QLayer(nn.Module):
     weight_packed: Tensor  # 1 to 7 bits
     weight_scale: Tensor
     weight_zero_point: Tensor | None
-    weight_levels: Tensor  # codebooks
+    weight_levels: Tensor  # codebooks and narrow floats
     input_scale: Tensor  # static ranges of the input
     input_zero_point: Tensor | None
 
@@ -59,6 +59,15 @@ class QLayer(nn.Module):
         for name, stored in self._stored().items():
             empty = torch.empty(stored.shape, dtype=stored.dtype, device=weight.device)
             self.register_buffer(CODES if name == "weight" else name, empty)
+        derived = {}
+        if isinstance(spec.format, Float):
+            derived["weight_levels"] = levels_of(spec.format)
+        if spec.is_cast:
+            derived["weight_scale"] = no_scale().scale
+        self.derived = frozenset(derived)  # what follows from the spec, and is not stored
+        for name, tensor in derived.items():
+            placed = tensor if weight.is_meta else tensor.to(weight.device)
+            self.register_buffer(name, placed, persistent=False)
         if spec.symmetric:
             self.weight_zero_point = None
         if acts is not None and acts.when == "static" and acts.symmetric:
@@ -71,7 +80,7 @@ class QLayer(nn.Module):
         """Why there is no such layer under ``scheme``; None where there is."""
         if scheme.input is not None:
             return "has no kernel with quantized activations"
-        if isinstance(scheme.weight.format, Codebook):
+        if scheme.weight.by_table:
             return f"has no kernel for {scheme.weight.format} weights"
         return None
 
@@ -132,7 +141,7 @@ class QLayer(nn.Module):
         For code that reads a layer's weight instead of calling the layer (its dtype, a norm, a
         functional call): it gets the right values, at the price of a dequantization.
         """
-        book = isinstance(self.spec.format, Codebook)
+        book = self.spec.by_table
         matrix = (ops.dequantize_codebook if book else ops.dequantize)(
             self.stored_weight,
             self.weight_scale,

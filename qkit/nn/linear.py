@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qkit import ops
 from qkit.nn.layer import CODES, QLayer
 from qkit.ops import eager
-from qkit.spec import Codebook, Int, QSpec, Scheme
+from qkit.spec import Int, QSpec, Scheme
 
 
 class QLinear(QLayer):
@@ -26,7 +26,7 @@ class QLinear(QLayer):
         self.out_features = layer.out_features
         self._kept = eager.Kept()
         self._op = "linear" if acts is None else f"linear_{acts.when}"
-        if isinstance(spec.format, Codebook):
+        if spec.by_table:
             self._op = "linear_codebook"
 
     @classmethod
@@ -34,7 +34,7 @@ class QLinear(QLayer):
         """Why there is no such layer under ``scheme``; None where there is."""
         if scheme.input is None:
             return None
-        if isinstance(scheme.weight.format, Codebook) or not isinstance(scheme.input.format, Int):
+        if scheme.weight.by_table or not isinstance(scheme.input.format, Int):
             return "has no kernel with such activations"
         return None
 

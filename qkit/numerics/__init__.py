@@ -13,8 +13,10 @@ from qkit.numerics.auto import Choice as Choice
 from qkit.numerics.auto import auto as auto
 from qkit.numerics.cast import CastLoss as CastLoss
 from qkit.numerics.cast import cast as cast
+from qkit.numerics.cast import cast_codes as cast_codes
 from qkit.numerics.fake import fake_quantize as fake_quantize
 from qkit.numerics.observers import OBSERVERS as OBSERVERS
 from qkit.numerics.observers import Observer as Observer
 from qkit.numerics.tensors import QParams as QParams
 from qkit.numerics.tensors import QTensor as QTensor
+from qkit.numerics.tensors import no_scale as no_scale

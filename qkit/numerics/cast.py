@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qkit.errors import RequestError
 from qkit.numerics.affine import check_finite
-from qkit.spec import FP32, Float
+from qkit.numerics.tensors import QTensor, no_scale
+from qkit.spec import FP32, Float, QSpec
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,19 @@ def cast(x: Tensor, fmt: Float, *, name: str = "tensor") -> tuple[Tensor, CastLo
             where=name,
             got=f"{overflow} of {x.numel()}, the largest {float(x.abs().max()):g}",
             wanted=f"at most {fmt.max:g}",
-            fix="--scheme bf16 has the range of fp32",
+            fix="--scheme bf16 has the range of fp32"
+            + (f", {fmt}-channel has scales" if fmt.bits == 8 else ""),
         )
     wide = y.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     error = float((wide - x).abs().max()) if x.numel() else 0.0
     return y, CastLoss(overflow, int(((wide == 0) & (x != 0)).sum()), error)
+
+
+def cast_codes(x: Tensor, spec: QSpec, *, name: str = "tensor") -> QTensor:
+    """``x`` cast to the 8-bit float of ``spec``, its bit patterns as codes and a scale of one.
+
+    Raises what :func:`cast` raises.
+    """
+    assert isinstance(spec.format, Float)
+    y, _ = cast(x, spec.format, name=name)
+    return QTensor(y.view(torch.uint8), no_scale(), spec)

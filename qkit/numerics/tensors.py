@@ -23,6 +23,11 @@ class QParams:
     zero_point: Tensor | None = None
 
 
+def no_scale() -> QParams:
+    """Those of a tensor that is only cast: a scale of one, which is not stored."""
+    return QParams(torch.ones(1, 1))
+
+
 @dataclass(frozen=True, eq=False)
 class QTensor:
     """Quantized numbers, unpacked: one int8 (or uint8) code for each value of ``codes``' shape.
@@ -45,7 +50,7 @@ class QTensor:
         """Stored bits, scales and zero points included, per value."""
         bits = self.codes.numel() * self.spec.format.bits
         for param in (self.qparams.scale, self.qparams.zero_point):
-            if param is not None:
+            if param is not None and not self.spec.is_cast:
                 bits += param.numel() * param.element_size() * 8
         return bits / max(self.codes.numel(), 1)
 

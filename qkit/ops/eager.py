@@ -103,6 +103,9 @@ def _watched(x: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+_COPIED = (torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
+
+
 def _identity(t: Tensor | None) -> tuple | None:
     """What changes whenever the values, the memory or the kind of ``t`` may have changed."""
     if t is None:
@@ -110,6 +113,6 @@ def _identity(t: Tensor | None) -> tuple | None:
     # Looked at anew each time: a tensor of inference mode, which does not count its changes, and
     # one that the kernels read as a copy, which neither sees a change through ``.data`` nor keeps
     # the memory from being given to another tensor.
-    copied = t.dtype in (torch.bfloat16, torch.float16) or not t.is_contiguous()
+    copied = t.dtype in _COPIED or not t.is_contiguous()
     version = object() if copied or t.is_inference() else t._version
     return id(t), t.data_ptr(), version, t.shape, t.dtype

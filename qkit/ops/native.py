@@ -22,6 +22,10 @@ from qkit.spec.granularity import ceil_div
 # What the kernels read and write, by their number for it; fp64 would lose precision.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+# What a scale may be, and codes of 8 bits that stand for levels.
+SCALES = (*TYPES, torch.float8_e8m0fnu)
+BYTES = (torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+
 # What becomes of the activations: `kind` in kernels/qkit.h.
 EXACT, SYMMETRIC, AFFINE, STATIC = range(4)
 _EXACT = native.Acts(EXACT, 0, 0, 0.0, 0)
@@ -53,7 +57,7 @@ def stored(
     Everything is checked here, because the kernels check nothing; the reference says what is wrong.
     """
     rows = weight.shape[0] if weight.ndim else 0
-    byte = torch.int8 if levels is None else torch.uint8
+    bytes_ = (torch.int8,) if levels is None else BYTES
     width = columns if bits == 8 else packed_words(columns, bits)
     shared = tuple(scale.shape) == (1, 1) and group == 0
     blocks = ceil_div(columns, group) if group else 1
@@ -65,8 +69,8 @@ def stored(
         or math.prod(weight.shape[1:]) != width
         or (bits < 8 and weight.ndim != 2)
         or any(t.device.type != "cpu" for t in given)
-        or weight.dtype != (byte if bits == 8 else torch.int32)
-        or scale.dtype not in TYPES
+        or weight.dtype not in (bytes_ if bits == 8 else (torch.int32,))
+        or scale.dtype not in SCALES
         or not (shared or tuple(scale.shape) == (rows, blocks))
         or (zero_point is not None and zero_point.dtype != torch.int8)
         or (zero_point is not None and zero_point.shape != scale.shape)

@@ -45,6 +45,7 @@ def _rows(
         return weight.new_empty(weight.shape[0], columns, dtype=dtype)
     if bits == 8:
         codes = weight.reshape(-1, columns)
+        codes = codes if levels is None else codes.view(torch.uint8)
     else:
         codes = unpack(weight, bits, columns, signed=levels is None)
     if levels is not None:

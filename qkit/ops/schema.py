@@ -2,7 +2,7 @@
 
 The weight arguments are the same everywhere, and are the stored layout (``qkit.packing.store``):
 
-``weight``      int8 ``[N, ...]`` for 8 bits (uint8 with ``levels``), or int32
+``weight``      int8 ``[N, ...]`` for 8 bits (uint8 or an fp8 with ``levels``), or int32
                 ``[N, ceil(K * bits / 32)]`` below
 ``scale``       float ``[N, ceil(K / group)]``, ``[N, 1]`` per channel or ``[1, 1]`` per tensor
 ``zero_point``  int8 of the shape of ``scale``, or none where symmetric

@@ -5,10 +5,10 @@ dimensions flattened. With ``G = ceil(columns / group)`` (1 per channel; ``[1, 1
 
 =======================  ======  ====================================================
 ``weight``               int8    the codes in the weight's own shape (8 bits only; uint8 of
-                                 a codebook)
+                                 a codebook, and a narrow float is of its own type)
 ``weight_packed``        int32   ``[rows, ceil(columns * bits / 32)]``, see ``bits`` (1 to 7)
 ``weight_shape``         int64   the weight's own shape (with ``weight_packed`` only)
-``weight_scale``         float   ``[rows, G]``
+``weight_scale``         float   ``[rows, G]`` (not where the weight is only cast)
 ``weight_zero_point``    int8    ``[rows, G]`` (affine only)
 ``weight_levels``        fp32    ``[2^bits]``, what a code stands for (codebooks only)
 ``input_scale``          fp32    ``[1]`` (activations with a static range only)
@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from qkit.errors import InputError
-from qkit.numerics import QParams, QTensor, scale_dtype
+from qkit.numerics import QParams, QTensor, code_dtype, no_scale, scale_dtype
 from qkit.packing.bits import pack, packed_words, unpack
-from qkit.spec import Codebook, Int, QSpec
+from qkit.spec import Codebook, Float, Int, QSpec
 
 Shape = tuple[int, ...]
 
@@ -48,16 +48,24 @@ def matrix_shape(shape: Shape) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _format(spec: QSpec) -> Int | Codebook:
-    fmt = spec.format
-    if not isinstance(fmt, Codebook) and not (isinstance(fmt, Int) and fmt.signed):
-        raise TypeError(f"only signed integers and codebooks are stored as codes, not {fmt}")
-    return fmt
+def _check_format(spec: QSpec) -> None:
+    if not spec.by_table and not (isinstance(spec.format, Int) and spec.format.signed):
+        raise TypeError(f"no codes of {spec.format} are stored")
 
 
-def levels_of(fmt: Codebook) -> Tensor:
-    """What each code of a codebook stands for, fp32 ``[2^bits]``; codes that it lacks are 0."""
+def levels_of(fmt: Codebook | Float) -> Tensor:
+    """What each code stands for, fp32 ``[2^bits]``; codes that a codebook lacks are 0."""
+    if isinstance(fmt, Float):
+        return torch.tensor([*map(fmt.value, range(1 << fmt.bits))])
     return torch.tensor([*fmt.entries, *[0.0] * ((1 << fmt.bits) - len(fmt.entries))])
+
+
+def _byte(fmt: Int | Codebook | Float) -> torch.dtype:
+    """The dtype of stored codes of 8 bits."""
+    if isinstance(fmt, Float):
+        dtype: torch.dtype = getattr(torch, fmt.torch_name)
+        return dtype
+    return code_dtype(fmt)
 
 
 def tensor_specs(shape: Shape, spec: QSpec, acts: QSpec | None = None) -> dict[str, Stored]:
@@ -66,10 +74,10 @@ def tensor_specs(shape: Shape, spec: QSpec, acts: QSpec | None = None) -> dict[s
     ``acts`` is how the layer quantizes its input; where its range is static, that is stored too.
     """
     rows, columns = matrix_shape(shape)
-    fmt = _format(spec)
-    bits = fmt.bits
+    _check_format(spec)
+    fmt, bits = spec.format, spec.format.bits
     scale_shape = spec.granularity.scale_shape((rows, columns))
-    stored = {"weight_scale": Stored(scale_shape, scale_dtype(spec))}
+    stored = {} if spec.is_cast else {"weight_scale": Stored(scale_shape, scale_dtype(spec))}
     if not spec.symmetric:
         stored["weight_zero_point"] = Stored(scale_shape, torch.int8)
     if isinstance(fmt, Codebook):
@@ -79,8 +87,7 @@ def tensor_specs(shape: Shape, spec: QSpec, acts: QSpec | None = None) -> dict[s
         if not acts.symmetric:
             stored["input_zero_point"] = Stored((1,), torch.int8)
     if bits == 8:
-        byte = torch.uint8 if isinstance(fmt, Codebook) else torch.int8
-        return {"weight": Stored(shape, byte)} | stored
+        return {"weight": Stored(shape, _byte(fmt))} | stored
     packed = Stored((rows, packed_words(columns, bits)), torch.int32)
     return {
         "weight_packed": packed,
@@ -90,15 +97,15 @@ def tensor_specs(shape: Shape, spec: QSpec, acts: QSpec | None = None) -> dict[s
 
 def to_tensors(q: QTensor, shape: Shape) -> dict[str, Tensor]:
     """The tensors to store for the matrix ``q`` of a weight of ``shape``."""
-    fmt = _format(q.spec)
-    bits = fmt.bits
-    tensors = {"weight_scale": q.qparams.scale}
+    _check_format(q.spec)
+    fmt, bits = q.spec.format, q.spec.format.bits
+    tensors = {} if q.spec.is_cast else {"weight_scale": q.qparams.scale}
     if q.qparams.zero_point is not None:
         tensors["weight_zero_point"] = q.qparams.zero_point
     if isinstance(fmt, Codebook):
         tensors["weight_levels"] = levels_of(fmt)
     if bits == 8:
-        return {"weight": q.codes.reshape(shape)} | tensors
+        return {"weight": q.codes.reshape(shape).view(_byte(fmt))} | tensors
     return {
         "weight_packed": pack(q.codes, bits),
         "weight_shape": torch.tensor(shape, dtype=torch.int64),
@@ -110,8 +117,8 @@ def from_tensors(tensors: Mapping[str, Tensor], spec: QSpec, *, name: str = "wei
 
     Raises :class:`~qkit.errors.InputError` if a tensor is missing or has another shape or dtype.
     """
-    fmt = _format(spec)
-    bits = fmt.bits
+    _check_format(spec)
+    fmt, bits = spec.format, spec.format.bits
     key = "weight" if bits == 8 else "weight_shape"
     if key not in tensors:
         raise InputError(f"the artifact lacks {key!r}", where=name, got=", ".join(sorted(tensors)))
@@ -135,9 +142,10 @@ def from_tensors(tensors: Mapping[str, Tensor], spec: QSpec, *, name: str = "wei
             )
     rows, columns = matrix_shape(shape)
     if bits == 8:
-        codes = tensors["weight"].reshape(rows, columns)
+        codes = tensors["weight"].reshape(rows, columns).view(code_dtype(fmt))
     else:
-        signed = not isinstance(fmt, Codebook)
-        codes = unpack(tensors["weight_packed"], bits, columns, signed=signed)
+        codes = unpack(tensors["weight_packed"], bits, columns, signed=isinstance(fmt, Int))
+    if spec.is_cast:
+        return QTensor(codes, no_scale(), spec)
     zero_point = None if spec.symmetric else tensors["weight_zero_point"]
     return QTensor(codes, QParams(tensors["weight_scale"], zero_point), spec)

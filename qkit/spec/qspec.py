@@ -66,6 +66,11 @@ class QSpec:
         return self.scale is None
 
     @property
+    def by_table(self) -> bool:
+        """Whether codes of at most 8 bits stand for the values of a table: narrow floats too."""
+        return not isinstance(self.format, Int) and self.format.bits <= 8
+
+    @property
     def group_size(self) -> int:
         """Neighbours that share a scale; 0 where whole rows (or the whole tensor) do."""
         return self.granularity.size if isinstance(self.granularity, PerGroup) else 0

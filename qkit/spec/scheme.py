@@ -5,7 +5,8 @@ A scheme is data. The grammar accepts what the ecosystem says, in any case, with
     w<bits>a<bits>[-g<size> | -channel | -tensor][-sym | -asym][-dynamic | -static]
     nf4[-g<size> | -channel | -tensor]
     fp8-e4m3 | fp8-e5m2, with -g<size>, -channel or -tensor: weights with such scales
-    fp16 | bf16 | fp8-e4m3 | fp8-e5m2                               (the whole model cast)
+    fp16 | bf16                                                     (the whole model cast)
+    fp8-e4m3 | fp8-e5m2                                             (weights cast, no scales)
     mxfp4-e2m1 | mxfp8-e4m3 | mxfp8-e5m2                            (OCP microscaling)
     int8 | int4 | int8wo | int4wo-128 | qint8 | W2A16G64 | ...      (aliases, see ALIASES)
 
@@ -45,14 +46,17 @@ class Scheme:
     output: QSpec | None = None
 
     @property
-    def is_cast(self) -> bool:
-        """Whether this scheme casts the whole model to a narrower float."""
-        return self.weight.is_cast
+    def casts_model(self) -> bool:
+        """Whether the whole model, and what it computes, becomes a narrower float.
+
+        Not fp8, in which torch multiplies next to nothing: there, weights alone are cast.
+        """
+        return self.weight.is_cast and self.weight.format.bits > 8
 
     @property
     def weight_only(self) -> bool:
         """Whether activations are left alone."""
-        return self.input is None and self.output is None and not self.is_cast
+        return self.input is None and self.output is None and not self.casts_model
 
     @property
     def name(self) -> str:
@@ -82,7 +86,7 @@ class Scheme:
 
     def long_form(self) -> str:
         """The resolved scheme in words: nothing is left to a convention of some tool."""
-        if self.is_cast:
+        if self.casts_model:
             return f"{self.name}: every float tensor of the model {self.weight.describe()}"
         if self.input is None:
             acts = "not quantized (fp32, bf16 or fp16 in, the same out, summed in fp32)"
@@ -153,8 +157,8 @@ PRESETS = {
     "w4a8-g128": "4-bit weights, int8 activations",
     "fp16": "the whole model cast to IEEE half precision",
     "bf16": "the whole model cast to bfloat16",
-    "fp8-e4m3": "the whole model cast to 8-bit floats of 3 mantissa bits, at most 448",
-    "fp8-e5m2": "the whole model cast to 8-bit floats of 2 mantissa bits, at most 57344",
+    "fp8-e4m3": "weights cast to 8-bit floats of 3 mantissa bits, at most 448, without scales",
+    "fp8-e5m2": "weights cast to 8-bit floats of 2 mantissa bits, at most 57344, without scales",
     "fp8-e4m3-channel": "8-bit float weights, one scale per output channel",
     "nf4-g64": "4-bit weights at the quantiles of a normal distribution: QLoRA",
     "mxfp4-e2m1": "OCP microscaling: 4-bit floats, a power of two for every 32",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qkit.errors import MissingExtraError, RequestError, UsageError, nearest
-from qkit.spec import Codebook, Int, Scheme
+from qkit.spec import Int, Scheme
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,10 @@ class TargetInfo:
 
 
 def _torch_expresses(scheme: Scheme) -> bool:
-    """Integer weights (with integer activations or exact ones), codebooks, or a cast to a type in
-    which torch computes (not fp8)."""
-    fmt = scheme.weight.format
-    if scheme.is_cast:
-        return fmt.bits >= 16
+    """Integer weights with integer activations or exact ones, and any others with exact ones."""
     if scheme.output is not None:
         return False
-    return isinstance(fmt, Int) or (isinstance(fmt, Codebook) and scheme.input is None)
+    return isinstance(scheme.weight.format, Int) or scheme.input is None
 
 
 TARGETS = {
@@ -59,7 +55,7 @@ class FormatInfo:
 def _compressed_obstacle(scheme: Scheme) -> str | None:
     """Integers of any width with exact activations, or int8 with an int8 range for each token."""
     acts = scheme.input
-    if scheme.is_cast or not isinstance(scheme.weight.format, Int):
+    if not isinstance(scheme.weight.format, Int):
         return f"is not written with {scheme.weight.format} weights"
     if acts is None:
         return None
@@ -123,7 +119,7 @@ def check(name: str, scheme: Scheme) -> None:
         raise RequestError(
             f"the target {name!r} {lacks}",
             got=scheme.name,
-            wanted="a scheme of integers (w8a16, w4a16-g128, w8a8, ...), nf4, a cast (fp16, bf16)",
+            wanted="quantized weights (w8a16, w4a16-g128, w8a8, nf4, fp8, ...) or a cast (bf16)",
             fix=fix,
         )
 
@@ -131,13 +127,11 @@ def check(name: str, scheme: Scheme) -> None:
 def _obstacle(scheme: Scheme) -> tuple[str, str]:
     """What no target has yet, and what to ask for instead."""
     fmt = scheme.weight.format
-    if isinstance(fmt, Int):
+    if scheme.output is not None:
         instead = f"--scheme {Scheme(scheme.weight, scheme.input).name} leaves the outputs alone"
         return "has no layers with quantized outputs", instead
-    instead = "--scheme w8a16" if fmt.bits == 8 else "--scheme w4a16-g32"
-    if scheme.is_cast:
-        return f"cannot run a whole model in {fmt}: most of torch's operators lack it", instead
-    return f"has no layers with {fmt} weights yet", instead
+    instead = f"--scheme {Scheme(scheme.weight).name} leaves the activations alone"
+    return f"has no kernel that multiplies {fmt} weights with quantized activations", instead
 
 
 def targets_of(scheme: Scheme) -> list[str]:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from qkit.errors import InputError
-from qkit.spec import FP32, Codebook, Int, PerChannel, PerGroup, PerTensor, PerToken, QSpec
+from qkit.spec import FP32, Int, PerChannel, PerGroup, PerTensor, PerToken, QSpec
 from qkit.spec.plain import show, take
 from qkit.targets import COMPRESSED
 
@@ -156,7 +156,7 @@ def _layer(data: dict[str, Any]) -> LayerFacts:
     fmt, granularity = weight.format, weight.granularity
     rows = granularity in (PerTensor(), PerChannel(0))
     groups = isinstance(granularity, PerGroup) and granularity.axis == -1
-    coded = isinstance(fmt, Codebook) or (isinstance(fmt, Int) and fmt.signed)
+    coded = weight.by_table or (isinstance(fmt, Int) and fmt.signed)
     if not (coded and (rows or groups)):
         raise InputError("no layer has such a weight", got=weight.describe())
     if given is not None and not is_input(given):

@@ -49,7 +49,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Every parameter and buffer at every path: (stored name, owner, attribute, tensor)."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
+            if tensor is not None and attribute not in getattr(module, "derived", ()):
                 name = f"{prefix}.{attribute}" if prefix else attribute
                 yield stored_name(name), module, attribute, tensor
 

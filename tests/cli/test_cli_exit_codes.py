@@ -147,9 +147,8 @@ def test_7_an_optional_dependency_is_missing(tmp_path):
         (6, "at least 60 dB", ["net.pt", "--min-sqnr", "60"]),
         (6, "at least 60 dB", ["state.pt", "--min-sqnr", "60"]),
         (2, "learnt from data.*--calib", ["net.pt", "--scheme", "int8-static"]),
-        (7, "fp8-e4m3 weights", ["net.pt", "--scheme", "fp8-channel"]),
-        (7, "fp4-e2m1 weights", ["net.pt", "--scheme", "mxfp4"]),
-        (7, "whole model in fp8", ["net.pt", "--scheme", "fp8"]),
+        (7, "with fp8-e4m3", ["net.pt", "--scheme", "fp8", "--format", "compressed-tensors"]),
+        (7, "has blocks for", ["net.pt", "--scheme", "mxfp4", "--format", "gguf"]),
     ],
 )  # fmt: skip
 def test_other_causes(code, message, args, models, main, monkeypatch, tmp_path):

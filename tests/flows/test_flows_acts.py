@@ -1,4 +1,4 @@
-"""Quantized activations and codebooks from the float model to a verified artifact and back."""
+"""Quantized activations, codebooks and narrow floats from the model to the artifact and back."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from qkit.spec import Codebook, PerTensor, QSpec, Scheme
 from qkit.targets.artifact import META, WEIGHTS, read_artifact, write_meta
 
 SCHEMES = ["w8a8", "w8a8-static", "w4a8-g32", "w4a8-g32-static", "nf4-g64", "nf4-channel"]
+FLOATS = ["fp8-e4m3", "fp8-e5m2", "fp8-e4m3-channel", "fp8-e5m2-g16", "mxfp4-e2m1", "mxfp8-e4m3"]
 
 
 class Mlp(nn.Sequential):
@@ -60,7 +61,7 @@ def made(path: Path, scheme, model: nn.Module, x: torch.Tensor, calib=None):
     return qmodel, report
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *FLOATS])
 def test_quantize_save_verify_load_compare(scheme, tmp_path, same_process):
     net, x, out = Mlp().eval(), torch.randn(20, 33), tmp_path / "out"
     qmodel, report = made(out, scheme, net, x, calib_of(scheme, x))

@@ -11,7 +11,7 @@ from torch import nn
 import qkit
 from qkit.errors import CoverageError, InputError, RequestError, UsageError
 from qkit.nn import QConv2d, QLayer, QLinear
-from qkit.spec import PRESETS, Recipe, Rule, parse
+from qkit.spec import PRESETS, Recipe, Rule, Scheme, parse
 
 INTEGER = [n for n in PRESETS if n.startswith("w") and parse(n).weight_only]
 CASTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -323,10 +323,10 @@ def test_nothing_to_quantize():
 
 
 def test_a_scheme_that_the_target_cannot_express(net):
-    with pytest.raises(RequestError, match="fp8-e4m3 weights") as caught:
-        qkit.quantize(net, "fp8-channel")
+    with pytest.raises(RequestError, match="fp8-e4m3 weights with quantized") as caught:
+        qkit.quantize(net, Scheme(parse("fp8-channel").weight, parse("w8a8").input))
     assert caught.value.exit_code == 7
-    assert "w8a16" in caught.value.fix
+    assert "--scheme fp8-e4m3-channel" in caught.value.fix
 
 
 def test_unknown_names(net):

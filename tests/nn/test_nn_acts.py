@@ -18,10 +18,11 @@ from qkit.numerics import dequantize, qparams_from_range
 from qkit.spec import Codebook, PerChannel, QSpec, Scheme, parse
 
 MINE = Scheme(QSpec(Codebook("mine", (-1.0, -0.3, 0.1, 0.4, 1.2)), PerChannel(0)))
-SCHEMES = {
-    name: parse(name)
-    for name in ("w8a16", "w8a8", "w8a8-static", "w4a8-g8", "w4a8-g8-static", "w8a8-asym", "nf4-g8")
-} | {"mine": MINE}
+NAMES = [
+    *("w8a16", "w8a8", "w8a8-static", "w4a8-g8", "w4a8-g8-static", "w8a8-asym"),
+    *("nf4-g8", "fp8", "fp8-e5m2-g8", "mxfp4", "mxfp8"),
+]
+SCHEMES = {name: parse(name) for name in NAMES} | {"mine": MINE}
 schemes = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 
 

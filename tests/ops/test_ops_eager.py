@@ -23,7 +23,10 @@ from qkit.spec import BF16, FP16, parse
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no kernels: {native.status()}")
 
-SCHEMES = ["w8a16", "w4a16-g8-asym", "w4a16-tensor", "nf4-g8", "w8a8", "w4a8-g8", "w8a8-static"]
+SCHEMES = [
+    *("w8a16", "w4a16-g8-asym", "w4a16-tensor", "nf4-g8", "fp8", "fp8-g8"),
+    *("w8a8", "w4a8-g8", "w8a8-static"),
+]
 schemes = pytest.mark.parametrize("scheme", SCHEMES)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

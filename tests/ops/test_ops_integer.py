@@ -29,10 +29,12 @@ from numpy.typing import NDArray
 from oracle import act_oracle, codebook_oracle, dequantize_oracle, linear_oracle
 
 from qkit import native, ops
-from qkit.numerics import QTensor, choose_qparams, quantize
+from qkit.algorithms import rtn
+from qkit.numerics import QTensor
 from qkit.ops import native as kernels
 from qkit.ops import reference
 from qkit.packing import to_tensors
+from qkit.packing.store import levels_of
 from qkit.spec import BF16, FP16, Codebook, PerChannel, PerGroup, PerTensor, QSpec, parse
 
 LIBRARY = native.library()
@@ -100,21 +102,20 @@ def stored(scheme: str | QSpec, rows: int, columns: int, scale=None) -> Case:
     spec = parse(scheme).weight if isinstance(scheme, str) else scheme
     spec = spec if scale is None else replace(spec, scale=scale)
     matrix = randn(rows, columns, seed=1)
-    q = quantize(matrix, choose_qparams(matrix, spec), spec)
+    q = rtn(matrix, spec)
     tensors = to_tensors(q, (rows, columns))
     weight = tensors["weight" if spec.format.bits == 8 else "weight_packed"]
-    book = isinstance(spec.format, Codebook)
-    third = tensors.get("weight_levels" if book else "weight_zero_point")
+    third = levels_of(spec.format) if spec.by_table else tensors.get("weight_zero_point")
     exact, size = values_of(q)
     how = spec.format.bits, group_of(spec)
-    return Case((weight, tensors["weight_scale"], third), how, exact, size)
+    return Case((weight, q.qparams.scale, third), how, exact, size)
 
 
 def values_of(q: QTensor) -> tuple[NDArray, NDArray]:
     codes, scale = q.codes.numpy().astype(int), q.qparams.scale.double().numpy()
     block = q.spec.granularity.block_shape(q.shape)
-    if isinstance(q.spec.format, Codebook):
-        exact = codebook_oracle(codes, scale, q.spec.format.entries, block)
+    if q.spec.by_table:
+        exact = codebook_oracle(codes, scale, levels_of(q.spec.format).tolist(), block)
         return exact, np.abs(exact)
     zero = None if q.qparams.zero_point is None else q.qparams.zero_point.numpy().astype(int)
     minus = None if zero is None else -np.abs(zero)
@@ -273,6 +274,7 @@ BOOKS = {
     "book5-g8": book(5, PerGroup(8)),
     "book200-g8": book(200, PerGroup(8)),
     "book16-tensor": book(16, PerTensor()),
+    **{name: parse(name).weight for name in ("fp8", "fp8-e5m2-g8", "mxfp4", "mxfp8")},
 }
 books = pytest.mark.parametrize("spec", BOOKS.values(), ids=BOOKS)
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from oracle import unpack_oracle
 
+from qkit.algorithms import rtn
 from qkit.errors import InputError
-from qkit.numerics import QTensor, choose_qparams, quantize
+from qkit.numerics import QTensor
 from qkit.packing import Stored, from_tensors, tensor_specs, to_tensors
 from qkit.spec import BF16, FP16, Codebook, Int, PerTensor, QSpec, parse
 
@@ -20,7 +21,7 @@ SCHEMES = [
     *(f"w{bits}a16-{kind}-asym" for bits in range(1, 9) for kind in ("channel", "tensor", "g8")),
     "w4a16-g1",
     "w4a16-g1000",
-    *("nf4-channel", "nf4-g5"),
+    *("nf4-channel", "nf4-g5", "mxfp4", "mxfp8-e5m2", "fp8-channel", "fp8-e5m2-g5", "fp8"),
 ]
 SHAPES = {"2d": (5, 33), "4d": (4, 3, 3, 3), "1d": (6,), "empty": (0, 7)}
 
@@ -28,7 +29,7 @@ SHAPES = {"2d": (5, 33), "4d": (4, 3, 3, 3), "1d": (6,), "empty": (0, 7)}
 def example(shape: tuple[int, ...], spec: QSpec) -> QTensor:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     matrix = weight.reshape(shape[0], math.prod(shape[1:]))
-    return quantize(matrix, choose_qparams(matrix, spec), spec)
+    return rtn(matrix, spec)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -71,8 +71,9 @@ def test_presets_are_canonical(name):
 @pytest.mark.parametrize("name", ["fp16", "bf16", "fp8", "fp8-e5m2"])
 def test_casts_round_trip(name):
     scheme = parse(name)
-    assert scheme.is_cast
-    assert not scheme.weight_only
+    assert scheme.weight.is_cast
+    assert scheme.casts_model == (not name.startswith("fp8"))
+    assert scheme.weight_only == (not scheme.casts_model)
     assert Scheme.from_json(scheme.to_json()) == scheme
 
 
@@ -211,7 +212,7 @@ def test_narrow_floats_and_codebooks():
     assert parse("mxfp4") == Scheme(QSpec(FP4_E2M1, PerGroup(32), scale=E8M0))
     for name in ("nf4", "fp8-channel", "mxfp4"):
         assert parse(name).weight_only
-        assert not parse(name).is_cast
+        assert not parse(name).weight.is_cast
 
 
 @pytest.mark.parametrize("name", [*SAME.values()])
