@@ -338,7 +338,8 @@ LONG = {
     "w8a8-g32-asym": "w8a8-g32-asym: weights int8 affine (-128..127), per-group(32), fp32 scale "
     "and int8 zero point; activations int8 symmetric (-127..127), per-token, fp32 scale, dynamic",
     "bf16": "bf16: every float tensor of the model cast to bf16",
-    "fp8": "fp8-e4m3: every float tensor of the model cast to fp8-e4m3",
+    "fp8": "fp8-e4m3: weights cast to fp8-e4m3; activations not quantized (fp32, bf16 or fp16 in, "
+    "the same out, summed in fp32)",
     "nf4": "nf4-g64: weights nf4 (16 entries in -1..1), per-group(64), fp32 scale; activations not "
     "quantized (fp32, bf16 or fp16 in, the same out, summed in fp32)",
     "mxfp4": "mxfp4-e2m1: weights fp4-e2m1 (-6..6), per-group(32), e8m0 scale; activations not "
