@@ -36,6 +36,33 @@ class Seq2Seq(nn.Module):
         return self.head(self.last(out[:, -1], state[-1]))
 
 
+class Encoder(nn.Module):
+    """torch's own transformer layers over embedded tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(31, 12)
+        layer = nn.TransformerEncoderLayer(12, 2, 24, dropout=0.0, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.body(self.emb(tokens)))
+
+
+class Crossed(nn.Module):
+    """Attention to something of another size, and to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.across = nn.MultiheadAttention(12, 3, kdim=7, vdim=7, batch_first=True)
+        self.along = nn.MultiheadAttention(12, 2, add_bias_kv=True, batch_first=True)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        x, weights = self.across(x, memory, memory)
+        return self.along(x, x, x, need_weights=False)[0] * weights.amax(-1, keepdim=True)
+
+
 class Weightless(nn.Module):
     """Raw parameters with an LSTM's names, in a module that is none."""
 
@@ -51,6 +78,8 @@ class Weightless(nn.Module):
 
 
 MODELS = {
+    "encoder": (Encoder, lambda: (torch.randint(0, 31, (3, 6)),)),
+    "attention": (Crossed, lambda: (torch.randn(3, 4, 12), torch.randn(3, 5, 7))),
     "tagger": (Tagger, lambda: (torch.randint(0, 31, (3, 6)),)),
     "seq2seq": (Seq2Seq, lambda: (torch.randn(3, 5, 7), torch.randn(3, 4, 7))),
 }

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from qkit.nn.attention import OpenAttention
 from qkit.nn.computed import computed_by, detached, is_computing, settled
 from qkit.nn.opened import Opened, obstacle
 from qkit.nn.recurrent import OpenCell, OpenRecurrent
@@ -26,6 +27,7 @@ OPENED: dict[type[nn.Module], type[Opened]] = {
     nn.LSTMCell: OpenCell,
     nn.GRUCell: OpenCell,
     nn.RNNCell: OpenCell,
+    nn.MultiheadAttention: OpenAttention,
 }
 
 

@@ -150,13 +150,27 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str | None]]] = {
     "subclass": (lambda: nn.Sequential(Scaled(4, 4)), {"0": "subclass of Linear"}),
     "attention": (
         lambda: nn.MultiheadAttention(4, 2),
-        {"": "MultiheadAttention itself", "out_proj": "reads its weight directly"},
+        {"in_proj_weight": None, "out_proj": None},
+    ),
+    "attention with a learnt key": (
+        lambda: nn.MultiheadAttention(4, 2, kdim=3, add_bias_kv=True),
+        {
+            "": "MultiheadAttention itself",
+            "q_proj_weight": None,
+            "k_proj_weight": None,
+            "v_proj_weight": None,
+            "out_proj": None,
+        },
+    ),
+    "attention with a mask": (
+        lambda: buffered(nn.MultiheadAttention(4, 2)),
+        {"": "would lack its mask", "out_proj": "reads its weight directly"},
     ),
     "transformer": (
         lambda: nn.TransformerEncoderLayer(4, 2, 8),
         {
-            "self_attn": "MultiheadAttention itself",
-            "self_attn.out_proj": "reads its weight directly",
+            "self_attn.in_proj_weight": None,
+            "self_attn.out_proj": None,
             "linear1": None,
             "linear2": None,
             "norm1": "normalisation",
