@@ -18,7 +18,7 @@ from qkit.models import Inputs, run, split
 from qkit.packing.store import matrix_shape
 from qkit.spec import QSpec
 from qkit.targets.artifact import CHECK, Artifact
-from qkit.targets.torch import read_tensors, stored_tensors
+from qkit.targets.weights import read_tensors, stored_tensors
 
 # The check file should stay small beside the weights: a large batch is cut to its first samples.
 MAX_CHECK_VALUES = 1 << 20

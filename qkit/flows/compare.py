@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from qkit.flows.evaluate import AnyInputs, as_inputs, eval_mode, for_dtype
 from qkit.models import Inputs, infer, resolve_factory, run
 from qkit.models import load as load_model
 from qkit.nn import QLayer, tree
+from qkit.nn.computed import detached
+from qkit.nn.open import opened_like
 from qkit.report import ErrorStats
 from qkit.report import compare as compare_tensors
 from qkit.targets import torch as torch_target
 from qkit.targets.artifact import META, PROGRAM, Artifact, read_artifact
+from qkit.targets.weights import float_tensors
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,10 @@ def _open_artifact(artifact: Artifact, factory: str | None, like: nn.Module | No
     if like is not None:
         # Another architecture does not fit; one that cannot be copied is no help either.
         with suppress(Exception):
-            loaded = torch_target.load(artifact.path, copy.deepcopy(like))
+            loaded = torch_target.load(artifact.path, copy.deepcopy(like, detached(like)))
             return _Opened(loaded, loaded, artifact)
     program = torch_target.load(artifact.path) if PROGRAM in artifact.files else None
-    return _Opened(program, tree(torch_target.float_tensors(artifact)), artifact)
+    return _Opened(program, tree(float_tensors(artifact)), artifact)
 
 
 def compare(
@@ -125,6 +128,7 @@ def compare(
     else:
         first = _open(a, model, trust_pickle, None)
         second = _open(b, model, trust_pickle, None if first.artifact else first.model)
+    first, second = _alike(first, second), _alike(second, first)
     names = [{n for n, m in x.layers.named_modules() if _owns(m)} for x in (first, second)]
     only = sorted(names[0] - names[1]), sorted(names[1] - names[0])
     given: Inputs | None = None
@@ -150,6 +154,16 @@ def compare(
     ]
     layers = layers or _weights(first.layers, second.layers, needed=False)
     return Comparison(compare_tensors(reference, result), layers, given.origin, *only)
+
+
+def _alike(one: _Opened, other: _Opened) -> _Opened:
+    """``one`` with the modules opened that are opened in ``other``."""
+    try:
+        layers = opened_like(one.layers, other.layers)
+    except Exception:  # a model that cannot be copied: its modules are named as only in one
+        return one
+    model = layers if one.model is one.layers else one.model
+    return replace(one, layers=layers, model=model)
 
 
 def _owns(module: nn.Module) -> bool:

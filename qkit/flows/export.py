@@ -24,7 +24,8 @@ from qkit.targets.artifact import CHECK, CONFIG, WEIGHTS, Artifact, read_artifac
 from qkit.targets.compressed_tensors import quantization_config, to_format
 from qkit.targets.gguf import MAGIC, write_gguf
 from qkit.targets.staging import as_output_error, check_file_destination, parents, staged
-from qkit.targets.torch import copy_config, describe_weights, save_tensors
+from qkit.targets.torch import copy_config
+from qkit.targets.weights import describe_weights, save_tensors
 
 
 def save_compressed_tensors(

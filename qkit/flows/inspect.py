@@ -12,7 +12,7 @@ from qkit.models import load as load_model
 from qkit.nn import QLayer, survey, tree
 from qkit.packing.store import matrix_shape
 from qkit.targets.artifact import META, read_artifact
-from qkit.targets.torch import read_weights
+from qkit.targets.weights import read_weights
 
 
 @dataclass
@@ -52,7 +52,13 @@ def inspect(model: nn.Module | str | Path, *, trust_pickle: bool = False) -> Nod
 
 
 def _inspect_module(model: nn.Module) -> Node:
-    reasons = {entry.name: entry.reason for entry in survey(model)}
+    notes: dict[str, str | None] = {}
+    for entry in survey(model):
+        if entry.opens and entry.inside is not None:
+            what = entry.note or "opened into layers"
+            notes.setdefault(entry.inside, entry.reason or f"{what} when it is quantized")
+        else:
+            notes[entry.name] = entry.reason
     seen: set[int] = set()
 
     def visit(module: nn.Module, name: str, path: str) -> Node:
@@ -69,8 +75,8 @@ def _inspect_module(model: nn.Module) -> Node:
                 rows, columns = matrix_shape(module.weight_size)
                 node.parameters += rows * columns
             node.note = module.spec.describe()
-        elif (reason := reasons.get(path)) is not None:
-            node.note = reason
+        elif (note := notes.get(path)) is not None:
+            node.note = note
         for child_name, child in module.named_children():
             below = visit(child, child_name, f"{path}.{child_name}" if path else child_name)
             _add(node, below)

@@ -15,7 +15,8 @@ from qkit.algorithms import CALIBRATED, DATA_FREE, Stats
 from qkit.errors import CoverageError, InputError, UsageError, nearest
 from qkit.flows.calibrate import collect, input_qparams, passes
 from qkit.models import Inputs
-from qkit.nn import QUANTIZED, Entry, QLayer, survey, swap
+from qkit.nn import QUANTIZED, Entry, QLayer, open_modules, survey, swap
+from qkit.nn.computed import detached
 from qkit.numerics import QParams, QTensor, cast, check_finite, dequantize
 from qkit.report import LayerRow, tensor_sqnr_db
 from qkit.spec import Float, QSpec, Recipe, Rule, Scheme
@@ -70,6 +71,7 @@ def quantize_module(
     _check_tensors(model)
     if not in_place:
         model = _copy(model, [plan.entry.module for plan in chosen])
+    model = open_modules(model, opened(plans))
     ranges = _static_ranges(model, chosen, calib)
     rows: dict[str, LayerRow] = {}
     layers: dict[str, QLayer] = {}
@@ -92,11 +94,17 @@ def plan_layers(model: nn.Module, recipe: Recipe, obstacle: Obstacle = no_obstac
     :class:`~qkit.errors.CoverageError` if nothing can be quantized.
     """
     entries = survey(model)
-    _check_rules(recipe, model)
+    _check_rules(recipe, model, entries)
     plans = _agree([_plan(entry, recipe, obstacle) for entry in entries])
     if all(plan.rule is None for plan in plans):
         raise _nothing(plans)
-    return plans
+    return _closed(model, plans)
+
+
+def opened(plans: list[Plan]) -> list[str]:
+    """The names of the modules of the model that are opened for what is planned inside them."""
+    names = (plan.entry.inside for plan in plans if plan.rule and plan.entry.opens)
+    return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def _calibrated(
@@ -138,15 +146,39 @@ def _static_ranges(
     return input_qparams(model, wanted, calib)
 
 
+def _closed(model: nn.Module, plans: list[Plan]) -> list[Plan]:
+    """A module that is to be opened for nothing stays closed: one row, with all the reasons."""
+    used = set(opened(plans))
+    parts: dict[str, list[Plan]] = {}
+    for plan in plans:
+        if plan.entry.opens and plan.entry.inside not in (None, *used):
+            parts.setdefault(str(plan.entry.inside), []).append(plan)
+
+    def close(name: str) -> Plan:
+        count = sum(plan.entry.parameters for plan in parts[name])
+        reasons = dict.fromkeys(plan.reason for plan in parts[name] if plan.reason)
+        return Plan(Entry(name, model.get_submodule(name), count, None), None, "; ".join(reasons))
+
+    done: dict[str, Plan] = {}
+    for plan in plans:
+        name = plan.entry.inside
+        if name is not None and name in parts:
+            done.setdefault(name, close(name))
+        else:
+            done[plan.entry.name] = plan
+    return list(done.values())
+
+
 def _weight_of(plan: Plan) -> str:
     """The first owner of the weight of a planned layer."""
     return plan.entry.tied_to or plan.entry.name
 
 
-def _check_rules(recipe: Recipe, model: nn.Module) -> None:
-    modules = [(name, type(module).__name__) for name, module in model.named_modules()]
-    for rule in recipe.unused(modules):
-        names = [name for name, _ in modules if name]
+def _check_rules(recipe: Recipe, model: nn.Module, entries: list[Entry]) -> None:
+    modules: dict[str, tuple[str, ...]] = {n: (type(m).__name__,) for n, m in model.named_modules()}
+    modules |= {entry.name: entry.kinds for entry in entries}
+    for rule in recipe.unused((name, *kinds) for name, kinds in modules.items()):
+        names = [name for name in modules if name]
         raise UsageError(
             "a rule matches no module of the model",
             got=repr(rule.match),
@@ -169,7 +201,7 @@ def check_damage(tensor: Tensor, name: str) -> None:
 
 
 def _plan(entry: Entry, recipe: Recipe, obstacle: Obstacle) -> Plan:
-    rule = recipe.rule_for(entry.name, entry.kind)
+    rule = recipe.rule_for(entry.name, *entry.kinds)
     if entry.reason is not None:
         return Plan(entry, None, entry.reason)
     if rule is None:
@@ -214,9 +246,9 @@ def _nothing(plans: list[Plan]) -> CoverageError:
 
 
 def _copy(model: nn.Module, replaced: list[nn.Module]) -> nn.Module:
-    shared = {id(module.weight): module.weight for module in replaced}
+    memo: dict[int, Any] = {id(module.weight): module.weight for module in replaced}
     try:
-        return copy.deepcopy(model, dict(shared))
+        return copy.deepcopy(model, memo | detached(model))
     except Exception as error:  # a model may hold anything: locks, handles, non-leaf tensors
         raise UsageError(
             f"the model cannot be copied: {error}", fix="in_place=True, if it may be changed"
@@ -255,6 +287,7 @@ def _quantize_layer(
         q = DATA_FREE[algorithm](weight.flatten(1), spec, name=full_name)
     decoded = dequantize(q)
     notes = [
+        entry.note,
         short_group(q),
         _unreached(rule, algorithm),
         _underflow(weight.flatten(1), decoded, spec),

@@ -45,7 +45,8 @@ from qkit.targets import QUANTO
 from qkit.targets.artifact import CHECK, WEIGHTS, write_meta
 from qkit.targets.quanto import BITS, TYPES
 from qkit.targets.staging import check_destination, staged
-from qkit.targets.torch import copy_config, read_tensors, save_tensors
+from qkit.targets.torch import copy_config
+from qkit.targets.weights import read_tensors, save_tensors
 
 DISTRIBUTION = "optimum-quanto"
 BF16_CRASH = (
@@ -199,8 +200,8 @@ def _obstacle_in(model: nn.Module) -> Callable[[Entry, Scheme], str | None]:
         paths[id(module)] = paths.get(id(module), 0) + 1
 
     def obstacle(entry: Entry, scheme: Scheme) -> str | None:
-        if type(entry.module) not in (nn.Linear, nn.Conv2d):
-            return f"optimum-quanto has no quantized {entry.kind}"
+        if entry.inside is not None or type(entry.module) not in (nn.Linear, nn.Conv2d):
+            return f"optimum-quanto has no quantized {entry.inside_kind or entry.kind}"
         if paths[id(entry.module)] > 1:
             return "used at several places, of which optimum-quanto replaces one"
         if not entry.name:

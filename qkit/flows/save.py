@@ -24,7 +24,8 @@ from qkit.targets.artifact import (
 )
 from qkit.targets.program import write_program
 from qkit.targets.staging import staged
-from qkit.targets.torch import copy_config, named_tensors, save_tensors, write_weights
+from qkit.targets.torch import copy_config
+from qkit.targets.weights import named_tensors, save_tensors, write_weights
 
 
 def save(

@@ -43,6 +43,7 @@ from qkit.models.checkpoint import Checkpoint, open_checkpoint
 from qkit.models.loaded import Source, facts_of
 from qkit.models.sniff import FOLDER
 from qkit.nn import QUANTIZED, Entry, QLayer, swap, tree
+from qkit.nn.names import opened_state
 from qkit.numerics import QParams, QTensor, check_finite, code_dtype, dequantize, quantize_minmax
 from qkit.packing import tensor_specs, to_tensors
 from qkit.packing.store import Stored, matrix_shape
@@ -52,7 +53,8 @@ from qkit.spec import PerTensor, QSpec, Recipe, Scheme
 from qkit.targets.artifact import CHECK, write_meta
 from qkit.targets.shards import ShardWriter
 from qkit.targets.staging import as_output_error, check_destination, staged
-from qkit.targets.torch import copy_config, describe_weights, save_tensors
+from qkit.targets.torch import copy_config
+from qkit.targets.weights import describe_weights, save_tensors
 
 # Values in a block: what the caches of a processor hold.
 BLOCK = 1 << 20
@@ -169,7 +171,7 @@ def _expected_row(plan: Plan) -> LayerRow:
 
 @dataclass
 class _Layer:
-    """A weight to quantize: how, its name in the source, and the layer that it becomes."""
+    """A weight to quantize: how, its name, and the layer that it becomes."""
 
     entry: Entry
     scheme: str
@@ -182,7 +184,8 @@ class _Work:
     """What is read, what is written, and under which names.
 
     ``stored`` are the tensors of the artifact and ``facts`` what ``qkit.json`` says about them:
-    those of the quantized model, which is built on the meta device.
+    those of the quantized model, which is built on the meta device. ``before`` has the names in
+    the source of tensors whose module is opened.
     """
 
     def __init__(self, source: Checkpoint, model: nn.Module, plans: list[Plan]) -> None:
@@ -207,10 +210,12 @@ class _Work:
             join(name, key) for name, each in self.layers.items() for key in _names(each.layer)
         }
         self.copied = [name for name in tensors if name not in codes]
+        moved, _ = opened_state(source.metas, {})
+        self.before = {new: old for old, new in moved.items()}
         self.biases = {join(name, "bias") for name in made}
         self.checks: dict[str, Tensor] = {}
         read = [*self.copied, *(each.weight for each in self.layers.values())]
-        sizes = (source.entries[name].meta for name in read)
+        sizes = (source.entries[self.before.get(name, name)].meta for name in read)
         self.megabytes = sum(t.numel() * t.element_size() for t in sizes) / 1e6
         self._buffer = torch.empty(BLOCK * 8, dtype=torch.uint8)
         self._codes = torch.empty(BLOCK, dtype=torch.uint8)
@@ -242,7 +247,7 @@ class _Work:
 
     def _copy(self, name: str, writer: ShardWriter, step: Callable[[str, Tensor], None]) -> None:
         offset = 0
-        for _, block in self.source.blocks(name, BLOCK, self._buffer):
+        for _, block in self._blocks(name):
             (check_finite if name in self.biases else check_damage)(block, name)
             writer.write(name, offset, block)
             offset += block.numel() * block.element_size()
@@ -255,7 +260,7 @@ class _Work:
         columns = matrix_shape(layer.weight_size)[1]
         signal = noise = bits = 0.0
         outputs, note = [], None
-        for start, block in self.source.blocks(each.weight, BLOCK, self._buffer):
+        for start, block in self._blocks(each.weight):
             x = block.flatten(1).contiguous()
             x = x if x.dtype in (torch.float32, torch.float64) else x.float()  # exact
             q = quantize_minmax(x, spec, name=each.weight, out=self._codes_for(x, spec))
@@ -278,6 +283,10 @@ class _Work:
         bits /= math.prod(layer.weight_size)
         value = sqnr_db(signal, noise)
         return quantized_row(entry, each.scheme, each.algorithm, bits, value, note)
+
+    def _blocks(self, name: str) -> Iterator[Any]:
+        """The rows of the tensor that is written as ``name``, some at a time."""
+        return self.source.blocks(self.before.get(name, name), BLOCK, self._buffer)
 
     def _codes_for(self, x: Tensor, spec: QSpec) -> Tensor | None:
         """Memory for the codes of ``x``, the same for every block that fits."""

@@ -23,7 +23,7 @@ from qkit.flows.check import expected
 from qkit.report import compare, package_version
 from qkit.targets import COMPRESSED, QUANTO
 from qkit.targets.artifact import PROGRAM, Artifact, check_files, read_artifact
-from qkit.targets.torch import read_tensors
+from qkit.targets.weights import read_tensors
 
 BOUNDS = {
     torch.float64: 2.0**-42,

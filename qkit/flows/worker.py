@@ -32,7 +32,8 @@ from qkit.report import peak_rss_bytes
 from qkit.targets.artifact import WEIGHTS, Artifact, read_artifact
 from qkit.targets.program import load_program
 from qkit.targets.quanto import map_of
-from qkit.targets.torch import load, read_tensors, read_weights, save_tensors, with_aliases
+from qkit.targets.torch import load
+from qkit.targets.weights import read_tensors, read_weights, save_tensors, with_aliases
 
 
 def main(job_path: str) -> int:

@@ -49,6 +49,8 @@ class QLayer(nn.Module):
         super().__init__()
         if lacks := self.lacks(Scheme(spec, acts)):
             raise TypeError(f"{type(self).__name__} {lacks}")
+        # The class that was opened to get this layer (qkit.nn.open), if any.
+        self.opened_from: str | None = vars(layer).get("opened_from")
         weight = layer.weight
         self.spec = spec
         self.acts = acts

@@ -1,21 +1,26 @@
 """The survey of a model: every module that owns parameters, and whether it can be quantized.
 
 Nothing is left out: the ``parameters`` of all entries sum to those of the model, and an entry
-that cannot be quantized says why.
+that cannot be quantized says why. Of a module that can be opened (:mod:`qkit.nn.open`), the entries
+are the layers that it would have.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList
 
+from qkit.nn.computed import computed_by, settled
 from qkit.nn.conv2d import QConv2d
 from qkit.nn.layer import QLayer
 from qkit.nn.linear import QLinear
+from qkit.nn.open import Opening, opening, why_closed
+from qkit.nn.opened import Opened
 from qkit.nn.tree import Tensors, without_form
 from qkit.ops.schema import FLOATS
 
@@ -23,16 +28,16 @@ QUANTIZED: dict[type[nn.Module], type[QLayer]] = {
     layer.float_class: layer for layer in (QLinear, QConv2d)
 }
 
-_COMPUTED = "its weight or bias is computed (weight norm, pruning mask or parametrization)"
-
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One module that owns parameters.
+    """One module that owns parameters, of the model or of a module that is opened.
 
     ``parameters`` counts each shared parameter at its first owner only. ``reason`` says why the
     module stays in float, or is None where it can be quantized. ``tied_to`` is the first module
-    that owns the same weight.
+    that owns the same weight. ``inside`` is the name of the opened module that this is a part of
+    (its own name, where the opened module is a layer itself), ``inside_kind`` that module's class;
+    ``opens`` says that the module is still to be opened.
     """
 
     name: str
@@ -40,11 +45,22 @@ class Entry:
     parameters: int
     reason: str | None
     tied_to: str | None = None
+    inside: str | None = None
+    inside_kind: str | None = None
+    opens: bool = False
+    note: str | None = None
 
     @property
     def kind(self) -> str:
         """The class name."""
-        return type(self.module).__name__
+        own = isinstance(self.module, Opened) or self.inside == self.name
+        return self.inside_kind if own and self.inside_kind else type(self.module).__name__
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The class names that a rule may call it by."""
+        kinds = (self.kind, self.inside_kind, type(self.module).__name__)
+        return tuple(dict.fromkeys(kind for kind in kinds if kind is not None))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,18 +73,79 @@ class Entry:
 
 
 def survey(model: nn.Module) -> list[Entry]:
-    """Every module of ``model`` with parameters of its own, in the order of ``named_modules``."""
-    seen: set[int] = set()
-    entries = []
-    for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
-        if not own:
-            continue
-        new = {id(p): p for p in own if id(p) not in seen}
-        seen |= new.keys()
-        count = sum(_numel(p) for p in new.values())
-        entries.append(Entry(name, module, count, _reason(module)))
-    return _with_ties(entries)
+    """Every module of ``model`` with parameters of its own, in the order of ``named_modules``.
+
+    Parameters that are not those of the layers of an opened module (the two factors of a weight
+    norm, say) are counted at its first layer.
+    """
+    return _with_ties(list(_Walk(model).visit("", model)))
+
+
+class _Walk:
+    """One walk through a model, which counts every parameter once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen: set[int] = set()
+        self.counted: set[int] = set()
+        self.owners = Counter(id(p) for m in model.modules() for p in set(m._parameters.values()))
+
+    def visit(
+        self, name: str, module: nn.Module, inside: str | None = None, kind: str | None = None
+    ) -> Iterator[Entry]:
+        """The entries of ``module``, which lies ``inside`` a module of ``kind``, and below it."""
+        if id(module) in self.seen:
+            return
+        self.seen.add(id(module))
+        form = self._opening(module)
+        if isinstance(form, Opening):
+            self.seen |= {id(each) for each in module.modules()}
+            yield from self._opened(name, module, form)
+            return
+        if own := list(module.parameters(recurse=False)):
+            count = self._count(own)
+            yield Entry(name, module, count, form or _reason(module), None, inside, kind)
+        if opened_from := vars(module).get("opened_from"):
+            inside, kind = name, opened_from
+        for leaf, child in module._modules.items():
+            if child is not None:
+                yield from self.visit(_join(name, leaf), child, inside, kind)
+
+    def _opening(self, module: nn.Module) -> Opening | str | None:
+        """How ``module`` is opened, or why it is not although it could be; None for the others."""
+        form = opening(module)
+        if form is None:
+            return None
+        if not isinstance(form.module, Opened) and _reason(form.module) is not None:
+            return None
+        gone = {id(p) for p in module.parameters()} - {id(p) for p in form.module.parameters()}
+        if any(self.owners[each] > 1 for each in gone):
+            return "shares a parameter that it would hold in another form"
+        return form
+
+    def _opened(self, name: str, module: nn.Module, form: Opening) -> Iterator[Entry]:
+        params = list(module.parameters())
+        rest = sum(_numel(p) for p in params if id(p) not in self.counted)
+        entries = []
+        for path, layer in form.module.named_modules():
+            if own := list(layer.parameters(recurse=False)):
+                count = self._count(own)
+                rest -= count
+                full = _join(name, path)
+                parent = (name, form.kind, True, form.note)
+                entries.append(Entry(full, layer, count, _reason(layer), None, *parent))
+        self._count(params)
+        yield replace(entries[0], parameters=entries[0].parameters + rest)
+        yield from entries[1:]
+
+    def _count(self, own: list[nn.Parameter]) -> int:
+        """The values in ``own`` that were not counted yet."""
+        new = {id(p): p for p in own if id(p) not in self.counted}
+        self.counted |= new.keys()
+        return sum(_numel(p) for p in new.values())
+
+
+def _join(name: str, path: str) -> str:
+    return ".".join(filter(None, (name, path)))
 
 
 def _numel(p: Tensor) -> int:
@@ -86,12 +163,16 @@ def _reason(module: nn.Module) -> str | None:
         return "not initialised: run the model once before quantizing"
     if isinstance(module, ParametrizationList):
         return "what a parametrized tensor is computed from"
+    if reason := why_closed(module):
+        return reason
+    if computed_by(module):
+        return _reason(settled(module))
+    if isinstance(module, Opened):
+        return f"a parameter of {module.opened_from} itself, not of a layer"
     if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return "nn.MultiheadAttention reads its weight directly"
     if kind not in QUANTIZED:
         bases = [base.__name__ for base in QUANTIZED if isinstance(module, base)]
-        if bases and is_parametrized(module):  # torch then makes a subclass
-            return _COMPUTED
         if bases:
             return f"a subclass of {bases[0]} may compute something else"
         if any(True for _ in module.children()):
@@ -99,7 +180,7 @@ def _reason(module: nn.Module) -> str | None:
         return without_form(kind.__name__)
     weight = module._parameters.get("weight")
     if weight is None or "bias" not in module._parameters:
-        return _COMPUTED
+        return "its weight or bias is not a parameter of it"
     if "forward" in vars(module):
         return "its forward was replaced, and may compute something else"
     own = module._parameters.keys() | module._buffers.keys() | module._modules.keys()

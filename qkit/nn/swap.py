@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from qkit.nn.layer import QLayer
+from qkit.nn.opened import Opened
 
 # Where a module keeps what it calls when it is called, and when gradients flow back.
 _HOOKS = (
@@ -50,7 +51,7 @@ def _call_sublayers(module: nn.TransformerEncoderLayer | nn.TransformerEncoder) 
     0 sends ``forward`` through the sublayers. The encoder around it turns padded input into a
     nested tensor, which only the fused path takes.
     """
-    if not any(isinstance(child, QLayer) for child in module.modules()):
+    if not any(isinstance(child, QLayer | Opened) for child in module.modules()):
         return
     if isinstance(module, nn.TransformerEncoder):
         module.use_nested_tensor = False

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qkit.errors import InputError
+from qkit.nn.names import opened_state
 
 _EMBEDDING = re.compile(r"(^|[._])(w[tp]e|\w*emb\w*|shared|\w*position\w*|tok\w*)([._]|$)", re.I)
 
@@ -45,13 +46,18 @@ class Tensors(nn.Module):
 def tree(state_dict: Mapping[str, Tensor], kinds: Mapping[str, str] | None = None) -> nn.Module:
     """Modules that hold the tensors of ``state_dict`` under the same names.
 
-    ``kinds`` maps module names to class names where they are known. The result cannot be called.
+    What looks like a recurrent or attention module is opened, and its tensors have the names that
+    they have then (:func:`qkit.nn.names.opened_state`). ``kinds`` maps module names to class names
+    where they are known. The result cannot be called.
     """
-    own: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in _parameters(state_dict).items():
-        prefix, _, leaf = key.rpartition(".")
+    for key in state_dict:
         if "" in key.split("."):
             raise InputError("a tensor's name has an empty part", where=repr(key))
+    moved, found = opened_state(state_dict, kinds or {})
+    kinds = dict(kinds or {}) | dict.fromkeys(_layers(moved.values()), "Linear")
+    own: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in _parameters(state_dict).items():
+        prefix, _, leaf = moved.get(key, key).rpartition(".")
         own[prefix][leaf] = tensor
     parents = {
         ".".join(name.split(".")[:depth])
@@ -61,7 +67,7 @@ def tree(state_dict: Mapping[str, Tensor], kinds: Mapping[str, str] | None = Non
     modules: dict[str, nn.Module] = {}
     for name in sorted(parents | own.keys(), key=lambda n: (n.count("."), n != "", n)):
         tensors = own.get(name, {})
-        kind = (kinds or {}).get(name)
+        kind = kinds.get(name)
         layer = None if name in parents else _layer(name, tensors, kind)
         modules[name] = layer or _container(name, tensors, kind)
     root = modules.setdefault("", Tensors())
@@ -69,7 +75,14 @@ def tree(state_dict: Mapping[str, Tensor], kinds: Mapping[str, str] | None = Non
     for name in dict.fromkeys(_with_parents(own)):
         parent, _, leaf = name.rpartition(".")
         modules[parent]._modules.setdefault(leaf, modules[name])
+    for name, opened_from in found.items():
+        vars(modules[name])["opened_from"] = opened_from
     return root
+
+
+def _layers(names: Iterable[str]) -> Iterator[str]:
+    """The modules that own the tensors ``names``."""
+    return (name.rpartition(".")[0] for name in names)
 
 
 def _parameters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -39,11 +39,14 @@ class Rule:
             except re.error as error:
                 raise UsageError(f"not a regular expression: {error}", got=self.match) from error
 
-    def matches(self, name: str, kind: str) -> bool:
-        """Whether this rule speaks of the module ``name`` of class ``kind``."""
+    def matches(self, name: str, *kinds: str) -> bool:
+        """Whether this rule speaks of the module ``name`` that is of one of the classes ``kinds``.
+
+        A layer inside an opened module has two: its own and that of the module.
+        """
         if self.match.startswith("re:"):
             return re.match(self.match[3:], name) is not None
-        return self.match in ("*", kind, name) or name.startswith(self.match + ".")
+        return self.match in ("*", name, *kinds) or name.startswith(self.match + ".")
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,17 @@ class Recipe:
         left = tuple(Rule(pattern, None) for pattern in ignore)
         return Recipe(left + tuple(Rule(pattern, scheme, algorithm) for pattern in targets))
 
-    def rule_for(self, name: str, kind: str) -> Rule | None:
-        """The first rule that matches the module ``name`` of class ``kind``."""
-        return next((rule for rule in self.rules if rule.matches(name, kind)), None)
+    def rule_for(self, name: str, *kinds: str) -> Rule | None:
+        """The first rule that matches the module ``name`` of one of the classes ``kinds``."""
+        return next((rule for rule in self.rules if rule.matches(name, *kinds)), None)
 
     def with_scale(self, scale: Float) -> Recipe:
         """This recipe with the scales of all weights stored in the format ``scale``."""
         rules = (replace(r, scheme=r.scheme and r.scheme.with_scale(scale)) for r in self.rules)
         return replace(self, rules=tuple(rules))
 
-    def unused(self, modules: Iterable[tuple[str, str]]) -> list[Rule]:
-        """The rules that match no module at all; ``modules`` are (name, class name) pairs."""
+    def unused(self, modules: Iterable[tuple[str, ...]]) -> list[Rule]:
+        """The rules that match no module at all; ``modules`` are names, each with class names."""
         known = list(modules)
         return [rule for rule in self.rules if not any(rule.matches(*m) for m in known)]
 

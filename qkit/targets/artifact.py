@@ -3,9 +3,9 @@
 ======================  ==========================================================================
 ``model.safetensors``   every tensor once, quantized ones in the layout of ``qkit.packing.store``;
                         or shards of it, with ``model.safetensors.index.json``
-``qkit.json``           format version, per-layer spec, ties, recipe, source hashes, versions,
-                        how to rebuild the architecture, the hashes of the files below, and
-                        last its own (of the text with this last hash left empty)
+``qkit.json``           format version, per-layer spec, opened modules, ties, recipe, source
+                        hashes, versions, how to rebuild the architecture, the hashes of the files
+                        below, and last its own (of the text with this last hash left empty)
 ``program.pt2``         a torch.export program without weights (they are taken from
                         ``model.safetensors``): runs without the model's Python class
 ``check.safetensors``   inputs and the outputs that a loaded artifact must reproduce
@@ -77,6 +77,12 @@ class Artifact:
         """Names of tensors that are stored under another name."""
         with self._reading("aliases"):
             return dict(_items(self.meta.get("aliases"), str))
+
+    @property
+    def opened(self) -> dict[str, str]:
+        """Modules that were opened (:mod:`qkit.nn.open`), and the classes that they were of."""
+        with self._reading("opened"):
+            return dict(_items(self.meta.get("opened", {}), str))
 
     @property
     def buffers(self) -> set[str]:

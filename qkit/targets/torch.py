@@ -1,143 +1,45 @@
 """The torch target: safetensors and JSON on disk, ``qkit::`` operators at run time.
 
-``export`` writes the weights of a quantized model, ``load`` gives them back to a model that is
-built on the meta device: the float weights never exist in memory.
+``load`` gives the weights of an artifact to a model that is built on the meta device: the float
+weights never exist in memory.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qkit.errors import InputError, QkitError, UsageError
 from qkit.models import skeleton
 from qkit.models.folder import read_config
-from qkit.models.folder import read_tensors as read_folder
-from qkit.nn import QUANTIZED, QLayer, swap
-from qkit.nn.layer import stored_name
-from qkit.numerics import dequantize
-from qkit.packing import from_tensors, tensor_specs
+from qkit.nn import QUANTIZED, QLayer, open_modules, opening, swap
+from qkit.nn.names import closed_name
 from qkit.spec import Scheme
 from qkit.targets.artifact import (
     ARCHITECTURE,
     CONFIG,
-    INDEX,
     META,
     PROGRAM,
-    WEIGHTS,
     Artifact,
     LayerFacts,
     read_artifact,
 )
-from qkit.targets.compressed_tensors import to_own_layout
 from qkit.targets.program import load_program
 from qkit.targets.quanto import map_of, read_quanto
+from qkit.targets.weights import (
+    read_weights,
+    stored_tensors,
+    tensors_of,
+    unpack,
+    with_aliases,
+)
 
 Into = nn.Module | Callable[[], nn.Module]
-T = TypeVar("T")
 LAYERS = {layer.__name__: (layer, kind) for kind, layer in QUANTIZED.items()}
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Every parameter and buffer at every path: (stored name, owner, attribute, tensor)."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and attribute not in getattr(module, "derived", ()):
-                name = f"{prefix}.{attribute}" if prefix else attribute
-                yield stored_name(name), module, attribute, tensor
-
-
-def write_weights(model: nn.Module, folder: Path) -> dict[str, Any]:
-    """Write every tensor of ``model`` once; return what ``qkit.json`` says about them."""
-    unique, facts = describe_weights(model)
-    save_tensors(unique, folder / WEIGHTS)
-    return facts
-
-
-def describe_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of ``model`` to store, each once, and what ``qkit.json`` says about them."""
-    first: dict[int, str] = {}
-    unique: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    for name, _, _, tensor in _tensors(model):
-        if id(tensor) in first:
-            aliases[name] = first[id(tensor)]
-        else:
-            first[id(tensor)] = name
-            unique[name] = tensor
-    layers = {
-        name: {
-            "class": type(layer).__name__,
-            "shape": list(layer.weight_size),
-            "dtype": str(layer.weight_dtype).removeprefix("torch."),
-            "spec": layer.spec.to_json(),
-            "input": layer.acts and layer.acts.to_json(),
-        }
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, QLayer)
-    }
-    buffers = [
-        name
-        for name, owner, attribute, _ in _tensors(model)
-        if attribute in owner._buffers and not isinstance(owner, QLayer)
-    ]
-    return unique, {"layers": layers, "aliases": aliases, "buffers": buffers}
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file; equal tensors give equal bytes."""
-    plain = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu()
-        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        plain[name] = (
-            tensor.contiguous()
-            if whole and tensor.is_contiguous()
-            else tensor.clone(memory_format=torch.contiguous_format)
-        )
-    # Two tensors may still be the same memory (a view registered twice); the format forbids that.
-    seen: set[int] = set()
-    for name, tensor in plain.items():
-        if tensor.numel() and tensor.data_ptr() in seen:
-            plain[name] = tensor.clone()
-        seen.add(tensor.data_ptr())
-    save_file(plain, path, metadata={"format": "pt"})
-    os.chmod(path, 0o666 & ~_umask())  # the library writes files that only their owner can read
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped from disk rather than read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read the weights: {error}", where=str(path)) from error
-
-
-def read_weights(artifact: Artifact) -> dict[str, Tensor]:
-    """The tensors of the artifact's weights file or shards, mapped from disk.
-
-    Raises :class:`~qkit.errors.InputError` for a shard that is missing or unreadable, and where
-    the index and the shards do not agree.
-    """
-    if artifact.is_compressed_tensors:
-        return to_own_layout(read_tensors(artifact.path / WEIGHTS), artifact.layers)
-    if (artifact.path / INDEX).is_file() and not (artifact.path / WEIGHTS).is_file():
-        return read_folder(artifact.path, trust=False)
-    return read_tensors(artifact.path / WEIGHTS)
 
 
 def load(path: str | Path, into: Into | None = None) -> nn.Module:
@@ -235,18 +137,11 @@ def _holds_meta(module: nn.Module) -> bool:
 def _fill(model: nn.Module, artifact: Artifact, tensors: dict[str, Tensor]) -> nn.Module:
     """Put the artifact's layers and tensors into the float ``model``."""
     tensors = with_aliases(artifact, tensors)
+    model, closed = _open(model, artifact)
     floats: dict[int, Tensor] = {}
     replacements: dict[str, nn.Module] = {}
     made: dict[int, QLayer] = {}
     for name, facts in artifact.layers.items():
-        try:
-            old = model.get_submodule(name)
-        except AttributeError as error:
-            raise InputError(
-                f"the model has no layer {name!r}, the artifact has",
-                where=str(artifact.path),
-                fix="load into the architecture that was quantized",
-            ) from error
         if facts.kind not in LAYERS:
             raise InputError(
                 "unknown class of a quantized layer",
@@ -254,9 +149,14 @@ def _fill(model: nn.Module, artifact: Artifact, tensors: dict[str, Tensor]) -> n
                 got=f"{name}: {facts.kind}",
                 wanted=", ".join(LAYERS),
             )
+        stored_tensors(name, facts, tensors)
+        parent, _, leaf = name.rpartition(".")
+        if parent in closed and closed_name(f"{leaf}.weight") != f"{leaf}.weight":
+            unpack(name, facts, tensors, floats)
+            continue
+        old = _module(model, name, artifact)
         layer, kind = LAYERS[facts.kind]
         _check_shape(name, old, facts)
-        stored_tensors(name, facts, tensors)
         if type(old) is kind:
             if id(old) not in made:  # one module at several paths stays one module
                 if lacks := layer.lacks(Scheme(facts.spec, facts.acts)):
@@ -268,91 +168,72 @@ def _fill(model: nn.Module, artifact: Artifact, tensors: dict[str, Tensor]) -> n
         else:
             # A bare state dict does not tell its layers' classes: what has no quantized form is
             # float again, the same tensor for all that share the codes.
-            _unpack(name, facts, tensors, floats)
+            unpack(name, facts, tensors, floats)
     model = swap(model, replacements)
-    _assign(model, tensors, artifact)
+    _assign(model, _closed(tensors, closed), artifact)
     return model
+
+
+def _open(model: nn.Module, artifact: Artifact) -> tuple[nn.Module, list[str]]:
+    """``model`` with the modules opened that the artifact opened, and those that cannot be.
+
+    The modules of a bare state dict were guessed: another class gets its raw parameters back.
+    """
+    names, closed = [], []
+    for name, kind in artifact.opened.items():
+        module = _module(model, name, artifact)
+        form = opening(module)
+        if form is not None and form.kind != kind:
+            raise _another(name, form.kind, f"a {kind}")
+        if form is not None:
+            names.append(name)
+        elif name not in artifact.layers:
+            closed.append(name)
+        # else the weight of a layer was computed when it was quantized, and now is not: as good
+    return open_modules(model, names), closed
+
+
+def _closed(tensors: dict[str, Tensor], closed: list[str]) -> dict[str, Tensor]:
+    """``tensors`` with those of the modules ``closed`` under the names that they had before."""
+
+    def rename(name: str) -> str:
+        for parent in closed:
+            prefix = f"{parent}." if parent else ""
+            if name.startswith(prefix):
+                return prefix + closed_name(name.removeprefix(prefix))
+        return name
+
+    return {rename(name): tensor for name, tensor in tensors.items()}
+
+
+def _module(model: nn.Module, name: str, artifact: Artifact) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise InputError(
+            f"the model has no layer {name!r}, the artifact has",
+            where=str(artifact.path),
+            fix="load into the architecture that was quantized",
+        ) from error
 
 
 def _check_shape(name: str, module: nn.Module, facts: LayerFacts) -> None:
     weight = module._parameters.get("weight")
     if weight is None or weight.shape != facts.shape:
-        raise InputError(
-            f"the model's layer {name!r} is not the one that was quantized",
-            got=f"{type(module).__name__} {tuple(weight.shape) if weight is not None else ''}",
-            wanted=f"a weight of shape {facts.shape}",
-        )
+        shape = "" if weight is None else f" {tuple(weight.shape)}"
+        raise _another(name, type(module).__name__ + shape, f"a weight of shape {facts.shape}")
 
 
-def with_aliases(artifact: Artifact, tensors: Mapping[str, T]) -> dict[str, T]:
-    """``tensors`` (of the weights file), or what stands for them, under all of their names."""
-    aliases = artifact.aliases
-    if lost := sorted(set(aliases.values()) - tensors.keys()):
-        raise InputError(
-            "a shared tensor is missing", where=str(artifact.path), got=", ".join(lost)
-        )
-    return {**tensors, **{name: tensors[target] for name, target in aliases.items()}}
-
-
-def _unpack(
-    name: str, facts: LayerFacts, tensors: dict[str, Tensor], floats: dict[int, Tensor]
-) -> None:
-    """Put the float weight of a layer in the place of its stored tensors.
-
-    ``floats`` remembers what codes were unpacked to, so that a shared weight stays one.
-    """
-    stored = stored_tensors(name, facts, tensors)
-    first = id(next(iter(stored.values())))
-    if first not in floats:
-        q = from_tensors(stored, facts.spec, name=name)
-        floats[first] = dequantize(q, getattr(torch, facts.dtype)).reshape(facts.shape)
-    prefix = f"{name}." if name else ""
-    for key in stored:
-        del tensors[prefix + key]
-    tensors[prefix + "weight"] = floats[first]
-
-
-def float_tensors(artifact: Artifact) -> dict[str, Tensor]:
-    """The tensors of the model as it was before, with every quantized weight dequantized."""
-    tensors = with_aliases(artifact, read_weights(artifact))
-    floats: dict[int, Tensor] = {}
-    for name, facts in artifact.layers.items():
-        _unpack(name, facts, tensors, floats)
-    return tensors
-
-
-def stored_tensors(
-    name: str, facts: LayerFacts, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The tensors of one quantized weight, by their names in :mod:`qkit.packing.store`.
-
-    Raises :class:`~qkit.errors.InputError` if one is missing or has another shape or dtype.
-    """
-    stored = {}
-    for key, want in tensor_specs(facts.shape, facts.spec, facts.acts).items():
-        full = f"{name}.{key}" if name else key
-        have = tensors.get(full)
-        if have is None or (tuple(have.shape), have.dtype) != (want.shape, want.dtype):
-            raise InputError(
-                "the stored tensors do not fit the layer",
-                where=full,
-                got="nothing" if have is None else f"{have.dtype} {tuple(have.shape)}",
-                wanted=f"{want.dtype} {want.shape}",
-            )
-        stored[key] = have
-    return stored
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of ``model`` by its name on disk; a shared one under each of its names."""
-    return {name: tensor.detach() for name, _, _, tensor in _tensors(model)}
+def _another(name: str, got: str, wanted: str) -> InputError:
+    problem = f"the model's layer {name!r} is not the one that was quantized"
+    return InputError(problem, got=got, wanted=wanted)
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor], artifact: Artifact) -> None:
     """Assign every tensor strictly: nothing missing, unexpected or misshapen."""
     made: dict[int, nn.Parameter] = {}
     missing, wrong, used = [], [], set()
-    for name, owner, attribute, old in list(_tensors(model)):
+    for name, owner, attribute, old in list(tensors_of(model)):
         new = tensors.get(name)
         if new is None:
             # A state dict has no such buffers; the constructor computes them.

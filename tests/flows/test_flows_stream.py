@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qkit.errors import BudgetError, CoverageError, InputError, RequestError, UsageError
 from qkit.flows import Request, inspect, quantize_file, stream, stream_file, verify
-from qkit.targets.torch import float_tensors, load, read_artifact
+from qkit.targets.torch import load, read_artifact
+from qkit.targets.weights import float_tensors
 
 SCHEMES = ["w8a16", "w4a16-g32", "w3a16-g16-asym", "nf4-g64", "w8a8", "w8a16-asym"]
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrizations, prune
 
-from qkit.nn import survey
+from qkit.nn import open_modules, survey
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning"),
@@ -33,6 +33,10 @@ class Scaled(nn.Linear):
 
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+class Slow(nn.GRU):
+    """A subclass that computes something else."""
 
 
 class Mixed(nn.Module):
@@ -118,18 +122,26 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str | None]]] = {
         ),
         dict.fromkeys("0123", "normalisation"),
     ),
-    "weight norm": (lambda: nn.utils.weight_norm(nn.Linear(4, 3)), {"": "computed"}),
+    "weight norm": (lambda: nn.utils.weight_norm(nn.Linear(4, 3)), {"": None}),
     "weight norm, parametrized": (
         lambda: parametrizations.weight_norm(nn.Linear(4, 3)),
-        {"": "computed", "parametrizations.weight": "parametriz"},
+        {"": None},
     ),
-    "spectral norm": (lambda: nn.utils.spectral_norm(nn.Conv2d(2, 3, 3)), {"": "computed"}),
+    "spectral norm": (lambda: nn.utils.spectral_norm(nn.Conv2d(2, 3, 3)), {"": None}),
     "spectral norm, parametrized": (
         lambda: parametrizations.spectral_norm(nn.Conv2d(2, 3, 3)),
-        {"": "computed", "parametrizations.weight": "parametriz"},
+        {"": None},
     ),
-    "pruned": (lambda: pruned("weight"), {"": "computed"}),
-    "pruned bias": (lambda: pruned("bias"), {"": "computed"}),
+    "weight norm of a subclass": (
+        lambda: parametrizations.weight_norm(Scaled(4, 3)),
+        {"": "subclass of Linear", "parametrizations.weight": "parametriz"},
+    ),
+    "weight norm of a table": (
+        lambda: parametrizations.weight_norm(Leaf(), "table"),
+        {"parametrizations.table": "parametriz"},
+    ),
+    "pruned": (lambda: pruned("weight"), {"": None}),
+    "pruned bias": (lambda: pruned("bias"), {"": None}),
     "lazy": (
         lambda: nn.Sequential(nn.LazyLinear(3), nn.LazyConv2d(3, 3)),
         dict.fromkeys("01", "not initialised"),
@@ -138,20 +150,55 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str | None]]] = {
     "subclass": (lambda: nn.Sequential(Scaled(4, 4)), {"0": "subclass of Linear"}),
     "attention": (
         lambda: nn.MultiheadAttention(4, 2),
-        {"": "MultiheadAttention itself", "out_proj": "reads its weight directly"},
+        {"in_proj_weight": None, "out_proj": None},
+    ),
+    "attention with a learnt key": (
+        lambda: nn.MultiheadAttention(4, 2, kdim=3, add_bias_kv=True),
+        {
+            "": "MultiheadAttention itself",
+            "q_proj_weight": None,
+            "k_proj_weight": None,
+            "v_proj_weight": None,
+            "out_proj": None,
+        },
+    ),
+    "attention with a mask": (
+        lambda: buffered(nn.MultiheadAttention(4, 2)),
+        {"": "would lack its mask", "out_proj": "reads its weight directly"},
     ),
     "transformer": (
         lambda: nn.TransformerEncoderLayer(4, 2, 8),
         {
-            "self_attn": "MultiheadAttention itself",
-            "self_attn.out_proj": "reads its weight directly",
+            "self_attn.in_proj_weight": None,
+            "self_attn.out_proj": None,
             "linear1": None,
             "linear2": None,
             "norm1": "normalisation",
             "norm2": "normalisation",
         },
     ),
-    "lstm": (lambda: nn.LSTM(4, 3, num_layers=2), {"": "no quantized form of LSTM"}),
+    "lstm": (
+        lambda: nn.LSTM(4, 3, num_layers=2),
+        {f"weight_{part}_l{layer}": None for layer in "01" for part in ("ih", "hh")},
+    ),
+    "lstm with weight norm": (
+        lambda: nn.utils.weight_norm(nn.LSTM(4, 3), "weight_hh_l0"),
+        {"weight_ih_l0": None, "weight_hh_l0": None},
+    ),
+    "lstm with a mask": (
+        lambda: buffered(nn.LSTM(4, 3)),
+        {"": "an opened LSTM would lack its mask"},
+    ),
+    "lstm with a replaced forward": (
+        lambda: replaced(nn.LSTM(4, 3)),
+        {"": "forward was replaced"},
+    ),
+    "complex lstm": (lambda: nn.LSTM(4, 3, dtype=torch.complex64), {"": "torch.complex64"}),
+    "subclass of a gru": (lambda: Slow(4, 3), {"": "no quantized form of Slow"}),
+    "tied lstms": (
+        lambda: tied_recurrent(),
+        {f"{n}.weight_{part}_l0": None for n in "01" for part in ("ih", "hh")},
+    ),
     "other layers": (
         lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.ConvTranspose2d(2, 3, 3), nn.PReLU()),
         {"0": "Conv1d", "1": "ConvTranspose2d", "2": "PReLU"},
@@ -184,10 +231,21 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str | None]]] = {
 }
 
 
-def buffered() -> nn.Linear:
-    layer = nn.Linear(4, 4)
+def buffered(layer: nn.Module | None = None) -> nn.Module:
+    layer = layer or nn.Linear(4, 4)
     layer.register_buffer("mask", torch.ones(4))
     return layer
+
+
+def replaced(layer: nn.Module) -> nn.Module:
+    layer.forward = lambda x: x
+    return layer
+
+
+def tied_recurrent() -> nn.Sequential:
+    model = nn.Sequential(nn.LSTM(4, 4), nn.LSTM(4, 4))
+    model[1].weight_ih_l0 = model[0].weight_ih_l0
+    return model
 
 
 def with_lazy_weight() -> nn.Linear:
@@ -229,11 +287,15 @@ def test_entries_are_in_the_models_order_and_name_their_modules(name):
     model = MODELS[name][0]()
     entries = survey(model)
     order = [path for path, _ in model.named_modules()]
-    assert [e.name for e in entries] == sorted((e.name for e in entries), key=order.index)
+    names = [entry.inside if entry.opens else entry.name for entry in entries]
+    assert names == sorted(names, key=order.index)
     for entry in entries:
-        assert entry.module is model.get_submodule(entry.name)
-        assert entry.kind == type(entry.module).__name__
-        assert isinstance(entry.shape, tuple)
+        if not entry.opens:
+            assert entry.module is model.get_submodule(entry.name)
+            assert entry.kinds == (type(entry.module).__name__,)
+    model = open_modules(model, dict.fromkeys(e.inside for e in entries if e.opens))
+    assert all(type(e.module) is type(model.get_submodule(e.name)) for e in entries)
+    assert all(isinstance(entry.shape, tuple) for entry in entries)
 
 
 def test_a_shared_parameter_counts_at_its_first_owner():
@@ -257,8 +319,36 @@ def test_equal_but_separate_weights_are_not_tied():
 
 
 def test_shapes():
-    model = nn.Sequential(nn.Conv2d(2, 3, 5), nn.PReLU(), nn.LSTM(4, 3), Leaf())
-    assert [entry.shape for entry in survey(model)] == [(3, 2, 5, 5), (1,), (), (3, 2)]
+    model = nn.Sequential(nn.Conv2d(2, 3, 5), nn.PReLU(), Mixed(), Leaf())
+    assert [e.shape for e in survey(model)] == [(3, 2, 5, 5), (1,), (), (4, 4), (3, 2)]
+
+
+def test_layers_of_a_module_that_can_be_opened():
+    first, second = survey(nn.Sequential(nn.GRU(4, 3, bias=False)))
+    assert (first.name, first.kinds) == ("0.weight_ih_l0", ("Linear", "GRU"))
+    assert (first.inside, first.opens, first.shape) == ("0", True, (9, 4))
+    assert (first.parameters, second.parameters) == (36, 27)
+
+
+def test_a_folded_weight_is_noted_and_all_its_parameters_count():
+    (entry,) = survey(parametrizations.weight_norm(nn.Linear(4, 3)))
+    assert (entry.note, entry.parameters, entry.kind) == (
+        "weight norm folded",
+        12 + 3 + 3,
+        "Linear",
+    )
+
+
+def test_layers_inside_a_module_that_is_open_already():
+    model = open_modules(nn.Sequential(nn.LSTM(4, 3)), ["0"])
+    assert {entry.kinds for entry in survey(model)} == {("Linear", "LSTM")}
+    assert not any(entry.opens for entry in survey(model))
+
+
+def test_the_tie_of_recurrent_layers():
+    ties = {entry.name: entry.tied_to for entry in survey(tied_recurrent())}
+    assert ties["1.weight_ih_l0"] == "0.weight_ih_l0"
+    assert ties["1.weight_hh_l0"] is None
 
 
 def test_a_quantized_layer_is_listed_as_such(quantized):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qkit import ops
-from qkit.nn import QLayer, QLinear, survey, swap
+from qkit.nn import QLayer, QLinear, open_modules, survey, swap
 
 # From the float reference, whose fused path makes one.
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
@@ -33,9 +33,12 @@ def quantize_all(quantized):
 
     def run(model: nn.Module, scheme: str) -> tuple[nn.Module, nn.Module]:
         reference = copy.deepcopy(model)
-        new = {e.name: quantized(e.module, scheme) for e in survey(model) if e.reason is None}
-        for name, layer in new.items():
-            reference.get_submodule(name).weight.data.copy_(layer.weight)
+        entries = [entry for entry in survey(model) if entry.reason is None]
+        new = {entry.name: quantized(entry.module, scheme) for entry in entries}
+        for entry in survey(reference):  # the parameters of what can be opened are its own
+            if entry.name in new:
+                entry.module.weight.data.copy_(new[entry.name].weight)
+        model = open_modules(model, dict.fromkeys(e.inside for e in entries if e.opens))
         return swap(model, new), reference
 
     return run
