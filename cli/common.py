@@ -78,24 +78,31 @@ def print_json(data: Any) -> None:
 
 
 @contextmanager
-def progress_bar(title: str, *, enabled: bool = True) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on standard error while the block runs; nothing where that is not a terminal."""
+def progress_bar(
+    title: str, *, enabled: bool = True, count_bytes: bool = False
+) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on standard error while the block runs; nothing where that is not a terminal.
+
+    ``count_bytes`` says that what is counted are bytes; then their speed is shown too.
+    """
     if not enabled or not sys.stderr.isatty():
         yield lambda done, total, name: None
         return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
+        DownloadColumn,
         MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeRemainingColumn,
+        TransferSpeedColumn,
     )
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        *((DownloadColumn(), TransferSpeedColumn()) if count_bytes else (MofNCompleteColumn(),)),
         TimeRemainingColumn(),
         TextColumn("{task.fields[name]}"),
     )

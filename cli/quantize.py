@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 from qkit.cli.common import (
@@ -16,6 +17,9 @@ from qkit.cli.common import (
     size_bytes,
     threads_option,
 )
+
+if TYPE_CHECKING:
+    from qkit.report import Report
 
 
 @click.command()
@@ -63,14 +67,23 @@ from qkit.cli.common import (
 )
 @architecture_options
 @click.option(
-    "--stream",
-    is_flag=True,
-    help="Quantize tensor by tensor from disk: for checkpoints larger than memory.",
+    "--stream/--no-stream",
+    default=None,
+    help="Quantize piece by piece from disk, whatever the size, or hold the model in memory "
+    "[stream bare tensors, and what takes more than a third of the free memory].",
 )
 @click.option(
     "--shard-size",
     metavar="SIZE",
-    help="With --stream: greatest size of a file of weights, such as 2GB or 500MB [one file].",
+    help="Stream, to files of at most this size, such as 2GB or 500MB [one file].",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Stream, on this many threads, a tensor on each [1].",
+)
+@click.option(
+    "--resume", is_flag=True, help="Stream, going on where a run for the same output was killed."
 )
 @click.option(
     "--min-coverage",
@@ -93,8 +106,10 @@ def command(
     as_json: bool,
     quiet: bool,
     debug: bool,
-    stream: bool,
+    stream: bool | None,
     shard_size: str | None,
+    workers: int | None,
+    resume: bool,
     backend: str,
     **options: Any,
 ) -> None:
@@ -106,23 +121,31 @@ def command(
     from qkit.cli.table import print_report
 
     from qkit.errors import UsageError
-    from qkit.flows import Request, quantize_file, quanto_file, stream_file
+    from qkit.flows import Request, choose, quantize_file, quanto_file, stream_file
 
     set_threads(threads)
     talk = not (quiet or as_json)
-    if shard_size and not stream:
-        raise UsageError("--shard-size is for --stream")
-    if stream and backend != "qkit":
-        raise UsageError("--stream is for qkit's own quantization", got=f"--backend {backend}")
-    flow = quanto_file if backend == "quanto" else stream_file if stream else quantize_file
-    shards = {"shard_bytes": size_bytes(shard_size)} if stream else {}
-    with progress_bar("quantizing", enabled=talk) as progress:
-        report = flow(
-            Request(path=path, input=input_spec, **options),
-            progress=progress,
-            told=lambda text: click.echo(text, err=True) if talk else None,
-            **shards,
+    asked = {"shard_bytes": size_bytes(shard_size), "workers": workers, "resume": resume}
+    streaming = {name: value for name, value in asked.items() if value}
+    if streaming and stream is False:
+        raise UsageError(
+            "--shard-size, --workers and --resume are for a run that streams", got="--no-stream"
         )
+    if (stream or streaming) and backend != "qkit":
+        raise UsageError("--stream is for qkit's own quantization", got=f"--backend {backend}")
+    request = Request(path=path, input=input_spec, **options)
+
+    def told(text: str) -> None:
+        if talk:
+            click.echo(text, err=True)
+
+    flow: Callable[..., Report] = quanto_file
+    if backend == "qkit":
+        choice = choose(request, streamed=True if streaming else stream)
+        told(str(choice))
+        flow = stream_file if choice.streamed else quantize_file
+    with progress_bar("quantizing", enabled=talk, count_bytes=flow is stream_file) as progress:
+        report = flow(request, progress=progress, told=told, **streaming)
     if as_json:
         click.echo(report.dumps(), nl=False)
     elif not quiet:

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,21 @@ def files(folder: Path) -> dict[str, bytes]:
 def names(folder: Path) -> list[str]:
     """Everything directly in ``folder``, hidden things too."""
     return sorted(path.name for path in folder.iterdir())
+
+
+@contextmanager
+def disk(at: Path, options: str) -> Iterator[Path]:
+    """A memory disk mounted at ``at``, or a visible skip."""
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("only root can mount a disk")
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(at)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"cannot mount a disk: {done.stderr.strip()}")
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "-l", str(at)], check=True)
 
 
 def verify_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """What a user asks for, from start to end. The command line and ``qkit.*`` are these functions."""
 
+from qkit.flows.choose import Choice as Choice
+from qkit.flows.choose import choose as choose
 from qkit.flows.compare import Comparison as Comparison
 from qkit.flows.compare import compare as compare
 from qkit.flows.inspect import Node as Node

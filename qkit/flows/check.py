@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from qkit import ops
 from qkit.errors import InputError
 from qkit.models import Inputs, run, split
-from qkit.packing.store import matrix_shape
-from qkit.spec import QSpec
+from qkit.models.checkpoint import BLOCK, Checkpoint, row_blocks
+from qkit.numerics import no_scale
+from qkit.packing.store import levels_of, matrix_shape
+from qkit.spec import Float, QSpec
 from qkit.targets.artifact import CHECK, Artifact
 from qkit.targets.weights import read_tensors, stored_tensors
 
@@ -78,8 +80,7 @@ def layer_outputs(artifact: Artifact, tensors: Mapping[str, Tensor]) -> dict[str
     """
     layers = artifact.layers
     if not layers:
-        wide = ((name, t.double()) for name, t in tensors.items())
-        return {f"layers.{n}": torch.stack([t.sum(), t.abs().sum()]) for n, t in wide}
+        return {f"layers.{name}": _sums_of(tensors, name) for name in tensors}
     outputs = {}
     for name, facts in layers.items():
         stored = stored_tensors(name, facts, tensors)
@@ -87,16 +88,36 @@ def layer_outputs(artifact: Artifact, tensors: Mapping[str, Tensor]) -> dict[str
     return outputs
 
 
+def _sums_of(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if isinstance(tensors, Checkpoint):  # larger than memory, maybe
+        return sum((sums(block) for _, block in tensors.blocks(name, BLOCK)), NO_SUMS)
+    tensor = tensors[name]
+    if not tensor.dim():
+        return sums(tensor)
+    return sum((sums(tensor[i : i + n]) for i, n in row_blocks(tensor, BLOCK)), NO_SUMS)
+
+
+NO_SUMS = torch.zeros(2, dtype=torch.float64)
+
+
+def sums(block: Tensor) -> Tensor:
+    """The sum of some rows of a tensor and that of their magnitudes, fp64 ``[2]``."""
+    wide = block.double()
+    return torch.stack([wide.sum(), wide.abs().sum()])
+
+
 def weight_output(stored: Mapping[str, Tensor], columns: int, spec: QSpec) -> Tensor:
     """The output ``[2, rows]`` of one weight, or of some of its rows, from its stored tensors."""
     packed, whole = stored.get("weight_packed"), stored.get("weight")
     codes = packed if whole is None else whole.flatten(1)
     levels = stored.get("weight_levels")
+    if isinstance(spec.format, Float):  # they follow from the format, and are not stored
+        levels = levels_of(spec.format)
     # The weight alone: activations are quantized by no tensor but the static range.
     return (ops.linear if levels is None else ops.linear_codebook)(
         torch.randn(2, columns, generator=torch.Generator().manual_seed(columns)),
         codes,
-        stored["weight_scale"],
+        no_scale().scale if spec.is_cast else stored["weight_scale"],
         stored.get("weight_zero_point") if levels is None else levels,
         None,
         spec.format.bits,

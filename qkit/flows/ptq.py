@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
@@ -17,9 +16,9 @@ from qkit.flows.calibrate import collect, input_qparams, passes
 from qkit.models import Inputs
 from qkit.nn import QUANTIZED, Entry, QLayer, open_modules, survey, swap
 from qkit.nn.computed import detached
-from qkit.numerics import QParams, QTensor, cast, check_finite, dequantize
+from qkit.numerics import QParams, QTensor, check_finite, dequantize
 from qkit.report import LayerRow, tensor_sqnr_db
-from qkit.spec import Float, QSpec, Recipe, Rule, Scheme
+from qkit.spec import QSpec, Recipe, Rule, Scheme
 
 Progress = Callable[[int, int, str], None]
 
@@ -68,9 +67,9 @@ def quantize_module(
     """
     plans = plan_layers(model, recipe, obstacle)
     chosen = [plan for plan in plans if plan.rule is not None]
-    _check_tensors(model)
+    check_tensors(model)
     if not in_place:
-        model = _copy(model, [plan.entry.module for plan in chosen])
+        model = copied(model, [plan.entry.module for plan in chosen])
     model = open_modules(model, opened(plans))
     ranges = _static_ranges(model, chosen, calib)
     rows: dict[str, LayerRow] = {}
@@ -186,7 +185,8 @@ def _check_rules(recipe: Recipe, model: nn.Module, entries: list[Entry]) -> None
         )
 
 
-def _check_tensors(model: nn.Module) -> None:
+def check_tensors(model: nn.Module) -> None:
+    """Refuse NaN, and a model without values."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise InputError("the model has no values: a tensor is on the meta device", where=name)
@@ -245,7 +245,8 @@ def _nothing(plans: list[Plan]) -> CoverageError:
     )
 
 
-def _copy(model: nn.Module, replaced: list[nn.Module]) -> nn.Module:
+def copied(model: nn.Module, replaced: list[nn.Module]) -> nn.Module:
+    """A copy of ``model`` that shares the weights of the modules that will be ``replaced``."""
     memo: dict[int, Any] = {id(module.weight): module.weight for module in replaced}
     try:
         return copy.deepcopy(model, memo | detached(model))
@@ -290,7 +291,7 @@ def _quantize_layer(
         entry.note,
         short_group(q),
         _unreached(rule, algorithm),
-        _underflow(weight.flatten(1), decoded, spec),
+        underflow(zeroed(weight.flatten(1), decoded, spec)),
     ]
     row = quantized_row(
         entry,
@@ -350,48 +351,16 @@ def _unreached(rule: Rule, algorithm: str) -> str | None:
     return None if algorithm == rule.algorithm else f"{algorithm}: no calibration data reached it"
 
 
-def _underflow(weight: Tensor, decoded: Tensor, spec: QSpec) -> str | None:
+def zeroed(weight: Tensor, decoded: Tensor, spec: QSpec) -> int:
     """How many values a cast without a scale lost; those that are too large, it refuses."""
-    lost = int(((decoded == 0) & (weight != 0)).sum()) if spec.is_cast else 0
+    return int(((decoded == 0) & (weight != 0)).sum()) if spec.is_cast else 0
+
+
+def underflow(lost: int) -> str | None:
+    """What a row says of them."""
     return f"{lost} values became zero" if lost else None
 
 
 def left_row(entry: Entry, reason: str | None) -> LayerRow:
     """The row of a module that stays in float."""
     return LayerRow(entry.name, entry.kind, entry.shape, entry.parameters, reason=reason)
-
-
-def cast_module(
-    model: nn.Module, fmt: Float, *, in_place: bool = False, progress: Progress = no_progress
-) -> tuple[nn.Module, list[LayerRow]]:
-    """``model`` with every float tensor cast to ``fmt``, and one row for each parameter tensor."""
-    _check_tensors(model)
-    if not in_place:
-        model = _copy(model, [])
-    dtype = getattr(torch, fmt.torch_name)
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    rows = []
-    for done, (name, tensor) in enumerate(tensors):
-        progress(done, len(tensors), name)
-        if not tensor.is_floating_point():
-            continue
-        low, loss = cast(tensor.detach(), fmt, name=name)
-        if isinstance(tensor, nn.Parameter):
-            value = tensor_sqnr_db(tensor.detach(), low)
-            note = f"{loss.underflow} values became zero" if loss.underflow else None
-            rows.append(
-                LayerRow(
-                    name,
-                    "Parameter",
-                    tuple(tensor.shape),
-                    tensor.numel(),
-                    scheme=str(fmt),
-                    bits_per_weight=float(fmt.bits),
-                    sqnr_db=value if value is None else round(value, 3),
-                    note=note,
-                )
-            )
-    progress(len(tensors), len(tensors), "")
-    if not rows:
-        raise CoverageError("nothing was cast: the model has no float parameters")
-    return model.to(dtype), rows

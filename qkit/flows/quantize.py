@@ -13,6 +13,7 @@ from torch import nn
 
 from qkit.algorithms import CALIBRATED, DATA_FREE
 from qkit.errors import InputError, RequestError, UsageError, nearest
+from qkit.flows.casts import cast_module
 from qkit.flows.evaluate import (
     AnyInputs,
     as_inputs,
@@ -28,7 +29,6 @@ from qkit.flows.export import save_compressed_tensors, save_gguf
 from qkit.flows.ptq import (
     Obstacle,
     Progress,
-    cast_module,
     no_obstacle,
     no_progress,
     quantize_module,
@@ -265,7 +265,7 @@ def quantize_file(
     start = time.perf_counter()
     scheme, recipe = resolve_request(request)
     check_format(request.format, scheme)
-    out = _destination(request, scheme)
+    out = destination(request, scheme)
     if request.format == GGUF:
         scale = gguf.scale_format(scheme)
         scheme, recipe = scheme.with_scale(scale), recipe.with_scale(scale)
@@ -326,7 +326,7 @@ _OBSTACLES: dict[str, Obstacle] = {
 }
 
 
-def _destination(request: Request, scheme: Scheme) -> Path:
+def destination(request: Request, scheme: Scheme) -> Path:
     """Where to write, refused here if that is not possible."""
     out = Path(request.output or default_output(request.path, scheme.name))
     if request.format == GGUF:

@@ -53,7 +53,9 @@ def verify(
     is one, is run as well. Where neither is possible, each quantized layer is run by itself.
 
     Returns ``status`` "verified", ``level`` (model or layers), ``runtime``, ``fresh_process``,
-    ``bit_identical``, ``max_rel_error`` and a list of ``checks``. Raises
+    ``bit_identical``, ``max_rel_error`` and a list of ``checks``; for each way in which the whole
+    model was run, the seconds until it was loaded and until its first output, and the bytes by
+    which that process had grown then (``private``, and ``mapped`` from files). Raises
     :class:`~qkit.errors.VerificationError` if an output differs,
     :class:`~qkit.errors.InputError` if a file is missing or damaged.
     """

@@ -28,7 +28,7 @@ from qkit.models import load as load_model
 from qkit.models import resolve_factory, run
 from qkit.models.checkpoint import Checkpoint, open_folder
 from qkit.models.factory import offline_transformers, spread, ties_of, transformers_class
-from qkit.report import peak_rss_bytes
+from qkit.report import peak_rss_bytes, resident_bytes
 from qkit.targets.artifact import WEIGHTS, Artifact, read_artifact
 from qkit.targets.program import load_program
 from qkit.targets.quanto import map_of
@@ -56,7 +56,7 @@ def _do(job: dict[str, Any]) -> None:
     outputs: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
     for way in job["ways"]:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), resident_bytes()
         if way == "layers":
             # One tensor at a time: the artifact may be larger than memory.
             entries = with_aliases(artifact, open_folder(artifact.path).entries)
@@ -72,6 +72,9 @@ def _do(job: dict[str, Any]) -> None:
             model = load(artifact.path, into=_architecture(job))
         facts[f"{way}_load_seconds"] = round(time.perf_counter() - start, 3)
         results = run(model, inputs_of(artifact))
+        facts[f"{way}_first_output_seconds"] = round(time.perf_counter() - start, 3)
+        grown = {kind: now - before[kind] for kind, now in resident_bytes().items()}
+        facts[f"{way}_first_output_bytes"] = grown
         outputs |= {f"{way}.{i}": value for i, value in enumerate(results)}
     facts["peak_rss_bytes"] = peak_rss_bytes()
     out = Path(job["out"])

@@ -20,11 +20,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qkit.errors import InputError, RequestError
-from qkit.models.folder import check_state_dict, merge, read_config
+from qkit.models.folder import check_state_dict, merge, read_config, refuse_quanto
 from qkit.models.load import as_state_dict, from_object
 from qkit.models.loaded import Source
 from qkit.models.pickles import MAX_EXPANDED_BYTES, read_pickle
 from qkit.models.sniff import FOLDER, PICKLE, SAFETENSORS, sniff, weight_files
+
+# Values in a block of rows, where nothing else is asked for: what the caches of a processor hold.
+BLOCK = 1 << 20
 
 # The types of safetensors, in the order in which its library lays tensors out in a file.
 DTYPES = {
@@ -44,6 +47,11 @@ class Entry:
     meta: Tensor
     path: Path
     offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its values."""
+        return self.meta.numel() * self.meta.element_size()
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +97,9 @@ class Checkpoint(Mapping[str, Tensor]):
         if not meta.dim() or not meta.is_contiguous():
             yield 0, self._strided(name)
             return
-        columns = meta.numel() // meta.shape[0]
-        step, size = max(1, values // columns), meta.element_size()
-        for start in range(0, meta.shape[0], step):
-            rows = min(step, meta.shape[0] - start)
-            memory = self._read(name, start * columns * size, rows * columns * size, buffer)
+        row = meta.numel() // meta.shape[0] * meta.element_size()
+        for start, rows in row_blocks(meta, values):
+            memory = self._read(name, start * row, rows * row, buffer)
             yield start, memory.view(meta.dtype).view(rows, *meta.shape[1:])
 
     def _strided(self, name: str) -> Tensor:
@@ -123,6 +129,13 @@ class Checkpoint(Mapping[str, Tensor]):
         return memory
 
 
+def row_blocks(tensor: Tensor, values: int) -> Iterator[tuple[int, int]]:
+    """``(start, count)`` of consecutive rows of ``tensor``, about ``values`` values at a time."""
+    step = max(1, values * len(tensor) // max(tensor.numel(), 1))
+    for start in range(0, len(tensor), step):
+        yield start, min(step, len(tensor) - start)
+
+
 def span(meta: Tensor) -> int:
     """The bytes between the first and behind the last value of a tensor."""
     last = sum((n - 1) * s for n, s in zip(meta.shape, meta.stride(), strict=True))
@@ -148,6 +161,7 @@ def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
     if kind == SAFETENSORS:
         entries, files = _safetensors(path), [path]
     elif kind == FOLDER:
+        refuse_quanto(path)
         read_config(path)  # refuses what is quantized already
         entries, config = open_folder(path, trust=trust).entries, path / "config.json"
         files = [*weight_files(path), *([config] if config.is_file() else [])]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from qkit.errors import InputError, MissingExtraError, UsageError
 
 Factory = Callable[[], nn.Module]
+T = TypeVar("T")
 
 
 def resolve_factory(spec: str) -> Factory:
@@ -115,7 +116,7 @@ def ties_of(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def spread(state: Mapping[str, Tensor], ties: list[list[str]]) -> dict[str, Tensor]:
+def spread(state: Mapping[str, T], ties: list[list[str]]) -> dict[str, T]:
     """``state`` with each of the ``ties`` (:func:`ties_of`) under all its names.
 
     safetensors keep one of them.

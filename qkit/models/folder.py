@@ -88,6 +88,17 @@ def _check_index(folder: Path, origin: dict[str, str]) -> None:
         return
 
 
+def refuse_quanto(folder: Path) -> None:
+    """Raise :class:`~qkit.errors.InputError` for what optimum-quanto has quantized."""
+    if any((folder / name).is_file() for name in QUANTO_MAPS):
+        raise InputError(
+            "the folder is quantized already",
+            where=str(folder),
+            got="a quantization map of optimum-quanto",
+            fix="quantize the float model that it was made from; qkit.load reads this one",
+        )
+
+
 def read_config(folder: Path) -> dict[str, Any] | None:
     """``config.json``, or None where there is none or it names no architecture."""
     path = folder / "config.json"
@@ -110,7 +121,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     return config
 
 
-def _check_local(folder: Path, config: dict[str, Any]) -> None:
+def check_local(folder: Path, config: dict[str, Any]) -> None:
     """Refuse what makes transformers read other files than those that are checked here."""
     if (folder / "adapter_config.json").exists():
         raise InputError(
@@ -140,7 +151,7 @@ def load_transformers(
         raise InputError("config.json names no architecture", where=str(folder), got=repr(names))
     if not names or package_version("transformers") is None:
         return None
-    _check_local(folder, config)
+    check_local(folder, config)
     read_tensors(folder, trust=trust)  # refuses pickles and shards that transformers would take
     with offline_transformers() as transformers:
         cls = transformers_class(transformers, names[0], folder)

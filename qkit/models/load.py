@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from qkit.errors import InputError
 from qkit.models.exported import read_program
 from qkit.models.factory import fill, resolve_factory
-from qkit.models.folder import QUANTO_MAPS, load_transformers, read_config, read_safetensors
+from qkit.models.folder import load_transformers, read_config, read_safetensors, refuse_quanto
 from qkit.models.folder import read_tensors as read_folder
 from qkit.models.loaded import Loaded, Source, facts_of
 from qkit.models.pickles import check_storage, read_pickle
@@ -122,13 +122,7 @@ def _read(path: Path, kind: str, trust: bool, has_factory: bool) -> Loaded:
 
 
 def _read_folder(path: Path, source: Source, trust: bool, has_factory: bool) -> Loaded:
-    if any((path / name).is_file() for name in QUANTO_MAPS):
-        raise InputError(
-            "the folder is quantized already",
-            where=str(path),
-            got="a quantization map of optimum-quanto",
-            fix="quantize the float model that it was made from; qkit.load reads this one",
-        )
+    refuse_quanto(path)
     config = read_config(path)
     if config is not None and not has_factory:
         built = load_transformers(path, config, trust=trust)

@@ -30,6 +30,14 @@ class CastLoss:
     underflow: int
     max_error: float = 0.0
 
+    def __add__(self, other: CastLoss) -> CastLoss:
+        """What the casts of two parts of one tensor did."""
+        return CastLoss(
+            self.overflow + other.overflow,
+            self.underflow + other.underflow,
+            max(self.max_error, other.max_error),
+        )
+
 
 def _to_odd(x: Tensor, fmt: Float) -> Tensor:
     """fp64 made fp32 by rounding to odd, so that rounding that to ``fmt`` rounds ``x`` only once.
@@ -63,6 +71,7 @@ def cast(x: Tensor, fmt: Float, *, name: str = "tensor") -> tuple[Tensor, CastLo
         raise TypeError(f"{fmt} is for scales, not for values")
     dtype = getattr(torch, fmt.torch_name)
     check_finite(x, name)
+    x = x.float() if x.element_size() == 1 else x  # torch compares no fp8
     y = _to_odd(x, fmt).to(dtype)
     overflow = _overflows(x, y, fmt)
     if overflow:

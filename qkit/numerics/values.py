@@ -59,7 +59,8 @@ def encode(x: Tensor, fmt: Float | Codebook) -> Tensor:
     signed = isinstance(fmt, Float)
     values = torch.tensor(_ascending(fmt), dtype=torch.float64, device=x.device)
     borders = midpoints(values, x.dtype, to_even=signed)
-    codes = torch.bucketize(x.abs() if signed else x, borders, out_int32=True).to(torch.uint8)
+    where = (x.abs() if signed else x).contiguous()  # torch warns otherwise
+    codes = torch.bucketize(where, borders, out_int32=True).to(torch.uint8)
     if signed:
         codes += torch.signbit(x).to(torch.uint8) << (fmt.bits - 1)
     return codes

@@ -27,6 +27,13 @@ _ISA = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni",
         "avx512_fp16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve")  # fmt: skip
 
 
+# Where Linux tells the memory of a control group, in both of its versions: limit and use.
+_CONTAINERS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+
+
 def package_version(package: str) -> str | None:
     """The installed version of a distribution, without importing it."""
     try:
@@ -66,6 +73,43 @@ def _cpuinfo() -> dict[str, str]:
         return {}
     lines = (line.partition(":") for line in path.read_text().splitlines())
     return {key.strip(): value.strip() for key, _, value in lines if key.strip()}
+
+
+def free_memory_bytes() -> int:
+    """The memory that processes may still take, in bytes: of the machine, or of our container.
+
+    All of it where the system does not tell.
+    """
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rows = (line.split() for line in _read(Path("/proc/meminfo")).splitlines())
+    found = [int(row[1]) * 1024 for row in rows if row[:1] == ["MemAvailable:"]]
+    for folder, limit, used in _CONTAINERS:
+        most, now = _read(Path(folder, limit)).strip(), _read(Path(folder, used)).strip()
+        if most.isdecimal() and now.isdecimal():
+            # Pages of files that were not used of late are given back when memory is short.
+            rows = (line.split() for line in _read(Path(folder, "memory.stat")).splitlines())
+            spare = sum(int(row[1]) for row in rows if row[0] == "inactive_file")
+            found.append(max(0, int(most) - int(now) + spare))
+    return min([whole, *found])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def resident_bytes() -> dict[str, int]:
+    """The memory that this process has now: ``private``, and ``mapped`` from files.
+
+    What is mapped is shared with other processes, and given up without loss where memory is short.
+    Empty where the system does not tell.
+    """
+    rows = (line.split() for line in _read(Path("/proc/self/status")).splitlines())
+    sizes = {row[0]: int(row[1]) * 1024 for row in rows if row[-1:] == ["kB"]}
+    names = {"private": "RssAnon:", "mapped": "RssFile:"}
+    return {name: sizes[key] for name, key in names.items() if key in sizes}
 
 
 def peak_rss_bytes() -> int:

@@ -80,8 +80,12 @@ class Report:
         if data.get("format") != FORMAT:
             raise InputError("unknown report format", got=data.get("format"), wanted=FORMAT)
         fields = {key: value for key, value in data.items() if key != "format"}
-        rows = [LayerRow(**row | {"shape": tuple(row["shape"])}) for row in fields.pop("layers")]
-        return Report(layers=rows, **fields)
+        return Report(layers=[row_from_json(row) for row in fields.pop("layers")], **fields)
+
+
+def row_from_json(data: dict[str, Any]) -> LayerRow:
+    """The row that JSON holds as the object of its fields."""
+    return LayerRow(**data | {"shape": tuple(data["shape"])})
 
 
 def coverage(rows: list[LayerRow]) -> dict[str, Any]:

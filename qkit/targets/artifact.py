@@ -30,6 +30,7 @@ from qkit.errors import InputError
 from qkit.spec import FP32, Int, PerChannel, PerGroup, PerTensor, PerToken, QSpec
 from qkit.spec.plain import show, take
 from qkit.targets import COMPRESSED
+from qkit.targets.journal import JOURNAL
 
 FORMAT_VERSION = 1
 META, WEIGHTS, PROGRAM = "qkit.json", "model.safetensors", "program.pt2"
@@ -195,7 +196,7 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> Artifact:
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.iterdir())
-        if path.name not in (META, REPORT)
+        if path.name not in (META, REPORT, JOURNAL)
     }
     meta = {"format_version": FORMAT_VERSION} | meta | {"files": files, "sha256": ""}
     meta["sha256"] = _own_hash(_dumps(meta), "")

@@ -1,4 +1,4 @@
-"""Writing safetensors files whose values come piece by piece, in any order.
+"""Writing safetensors files whose values come piece by piece, in any order, by any thread.
 
 The shapes are known ahead, so the files get their headers and their full size first (a disk that
 is too small shows before the work) and every piece is written to its place. The files are those
@@ -16,11 +16,11 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from qkit.errors import InputError
 from qkit.models.checkpoint import DTYPES
 from qkit.packing.store import Stored
 from qkit.targets.artifact import INDEX, WEIGHTS
@@ -46,31 +46,15 @@ def assign(tensors: Mapping[str, Stored], limit: int | None) -> list[list[str]]:
     return shards
 
 
-class ShardWriter:
-    """The files of ``tensors`` in ``folder``: :meth:`write` every byte, then :meth:`finish`.
+class TensorFile:
+    """The file of ``tensors`` at ``path``, whose values are written in pieces.
 
-    ``limit`` is the greatest size of a shard in bytes of values (a larger tensor is alone in
-    its own).
+    ``again`` opens the file that an earlier run made for the same tensors, with what it has
+    written; :class:`~qkit.errors.InputError` if the file is not that.
     """
 
-    def __init__(
-        self, folder: Path, tensors: Mapping[str, Stored], limit: int | None = None
-    ) -> None:
-        shards = assign(tensors, limit)
-        many = len(shards) > 1
-        self._places: dict[str, tuple[Path, int]] = {}
-        self._missing = {name: nbytes(stored) for name, stored in tensors.items()}
-        for number, names in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else WEIGHTS
-            self._create(folder / file, {name: tensors[name] for name in names})
-        if many:
-            index = {
-                "metadata": {"total_size": sum(self._missing.values())},
-                "weight_map": {name: path.name for name, (path, _) in self._places.items()},
-            }
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def _create(self, path: Path, tensors: Mapping[str, Stored]) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, Stored], *, again: bool = False) -> None:
+        self.path = path
         # The library's order: wide types first, so that every tensor is aligned.
         order = sorted(tensors, key=lambda name: (_NAMES[tensors[name].dtype][0], name.encode()))
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -84,23 +68,100 @@ class ShardWriter:
             }
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        base = 8 + len(text)
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+        head = len(text).to_bytes(8, "little") + text
+        self._starts = {name: len(head) + start for name, start in starts.items()}
+        if again:
+            self._check(head, len(head) + end)
+        else:
+            self._create(head, len(head) + end)
+        self._synced = False
+
+    def _create(self, head: bytes, size: int) -> None:
+        with self.path.open("wb") as file:
+            file.write(head)
             file.flush()
-            _allocate(file, base + end)
-        self._places |= {name: (path, base + start) for name, start in starts.items()}
+            _allocate(file.fileno(), size)
+
+    def _check(self, head: bytes, size: int) -> None:
+        good = self.path.is_file() and self.path.stat().st_size == size
+        if good:
+            with self.path.open("rb") as file:
+                good = file.read(len(head)) == head
+        if not good:
+            raise InputError(
+                "what an earlier run has written is damaged",
+                where=str(self.path),
+                fix="start anew, without --resume",
+            )
+
+    def write(self, name: str, offset: int, values: Tensor) -> int:
+        """Write ``values`` at byte ``offset`` of the tensor ``name``; return how many bytes."""
+        data = values.detach().contiguous().flatten().view(torch.uint8).numpy()
+        self._synced = False
+        handle = os.open(self.path, os.O_WRONLY)
+        try:
+            view, place = data.data, self._starts[name] + offset
+            while view:
+                count = os.pwrite(handle, view, place)
+                view, place = view[count:], place + count
+        finally:
+            os.close(handle)
+        return len(data)
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        if self._synced:
+            return
+        self._synced = True  # a piece that is written meanwhile makes it false again
+        handle = os.open(self.path, os.O_WRONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class ShardWriter:
+    """The files of ``tensors`` in ``folder``: :meth:`write` every byte, then :meth:`finish`.
+
+    ``limit`` is the greatest size of a shard in bytes of values (a larger tensor is alone in
+    its own). ``again`` goes on with the files of an earlier run: see :class:`TensorFile`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, Stored],
+        limit: int | None = None,
+        *,
+        again: bool = False,
+    ) -> None:
+        shards = assign(tensors, limit)
+        many = len(shards) > 1
+        self._missing = {name: nbytes(stored) for name, stored in tensors.items()}
+        self._files: dict[str, TensorFile] = {}
+        for number, names in enumerate(shards, 1):
+            path = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else WEIGHTS
+            file = TensorFile(folder / path, {name: tensors[name] for name in names}, again=again)
+            self._files |= dict.fromkeys(names, file)
+        if many:
+            index = {
+                "metadata": {"total_size": sum(self._missing.values())},
+                "weight_map": {name: file.path.name for name, file in self._files.items()},
+            }
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def write(self, name: str, offset: int, values: Tensor) -> None:
-        """Write ``values`` (contiguous) at byte ``offset`` of the tensor ``name``."""
-        path, start = self._places[name]
-        data = values.detach().contiguous().flatten().view(torch.uint8).numpy()
-        with path.open("r+b", buffering=0) as file:
-            file.seek(start + offset)
-            view = data.data
-            while view:
-                view = view[file.write(view) :]
-        self._missing[name] -= len(data)
+        """Write ``values`` at byte ``offset`` of the tensor ``name``."""
+        self._missing[name] -= self._files[name].write(name, offset, values)
+
+    def written(self, name: str) -> None:
+        """An earlier run has written all of the tensor ``name``."""
+        self._missing[name] = 0
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        for file in dict.fromkeys(self._files.values()):
+            file.sync()
 
     def finish(self) -> None:
         """Every byte must have been written, once."""
@@ -108,12 +169,12 @@ class ShardWriter:
             raise AssertionError(f"not written as planned: {', '.join(left[:5])}")
 
 
-def _allocate(file: BinaryIO, size: int) -> None:
-    """Give ``file`` its size, and the disk space for it where the system can promise that."""
-    file.truncate(size)
+def _allocate(handle: int, size: int) -> None:
+    """Give a file its size, and the disk space for it where the system can promise that."""
+    os.ftruncate(handle, size)
     if hasattr(os, "posix_fallocate"):
         try:
-            os.posix_fallocate(file.fileno(), 0, size)
+            os.posix_fallocate(handle, 0, size)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise

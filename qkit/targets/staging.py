@@ -3,7 +3,7 @@
 A run that is killed leaves hidden folders beside its output, which the next run for the same
 output puts in order:
 
-``.NAME.partial-PID``   what was being written: removed
+``.NAME.partial-PID``   what was being written: removed, or gone on with (:func:`left_behind`)
 ``.NAME.old-PID``       the artifact that ``--overwrite`` was replacing: brought back if ``NAME`` is
                         missing (the kill came between the two renames), else removed
 """
@@ -123,14 +123,15 @@ def staged_file(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged(out: Path, *, overwrite: bool = False, resumed: Path | None = None) -> Iterator[Path]:
     """A fresh folder to write in; it becomes ``out`` when the block ends without an error.
 
-    After an error or an interrupt there is nothing new on disk.
+    ``resumed``, one of :func:`left_behind`, is gone on with instead. After an error or an
+    interrupt there is nothing new on disk.
     """
     check_destination(out, overwrite=overwrite)
     out = out.absolute()
-    with as_output_error(out), parents(out), _folder(out) as staging:
+    with as_output_error(out), parents(out), _folder(out, resumed) as staging:
         yield staging
         for path in sorted(staging.rglob("*")):
             _sync(path)
@@ -164,14 +165,17 @@ def parents(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _folder(out: Path) -> Iterator[Path]:
-    _remove_stale(out)
+def _folder(out: Path, resumed: Path | None) -> Iterator[Path]:
+    _remove_stale(out, resumed)
     first = f".{out.name}.partial-{os.getpid()}"
     names = [first, *(f"{first}.{n}" for n in range(1, len(_active) + 1))]
     staging = next(path for name in names if (path := out.parent / name) not in _active)
     _active.add(staging)
     try:
-        staging.mkdir()
+        if resumed is None:
+            staging.mkdir()
+        else:
+            resumed.rename(staging)
         yield staging
     finally:
         with _undisturbed():
@@ -217,6 +221,11 @@ def _undisturbed() -> Iterator[None]:
             signal.raise_signal(waiting[0])
 
 
+def left_behind(out: Path) -> list[Path]:
+    """The folders that runs for the output ``out`` were writing in when they were killed."""
+    return _leftovers(out.absolute(), "partial")
+
+
 def _leftovers(out: Path, kind: str) -> list[Path]:
     """The hidden folders that dead runs left for ``out``."""
     if not out.parent.is_dir():
@@ -239,10 +248,11 @@ def _restore(out: Path) -> None:
             old.rename(out)
 
 
-def _remove_stale(out: Path) -> None:
-    """Remove what killed runs left behind for the same destination."""
+def _remove_stale(out: Path, kept: Path | None) -> None:
+    """Remove what killed runs left behind for the same destination, but for ``kept``."""
     for path in [*_leftovers(out, "partial"), *_leftovers(out, "old")]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path != kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

@@ -5,29 +5,10 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from command import files, names, python, qkit
-
-
-@contextmanager
-def disk(at: Path, options: str) -> Iterator[Path]:
-    """A memory disk mounted at ``at``, or a visible skip."""
-    if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        pytest.skip("only root can mount a disk")
-    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(at)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"cannot mount a disk: {done.stderr.strip()}")
-    try:
-        yield at
-    finally:
-        subprocess.run(["umount", "-l", str(at)], check=True)
+from command import disk, files, names, python, qkit
 
 
 @pytest.mark.parametrize("size", ["16k", "48k"], ids=["weights", "later"])

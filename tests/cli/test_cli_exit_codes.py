@@ -38,7 +38,11 @@ def test_1_the_machine_failed(models, tmp_path):
     ("options", "code", "text"),
     [
         (["--format", "safetensor"], 2, "unknown format"),
-        (["--format", "compressed-tensors", "--stream"], 2, "--stream writes qkit's own format"),
+        (
+            ["--format", "compressed-tensors", "--stream"],
+            2,
+            "--format qkit is what streaming writes",
+        ),
         (["--format", "compressed-tensors", "--scheme", "nf4"], 7, "is not written with nf4"),
         (["--format", "compressed-tensors"], 7, "is for Hugging Face folders"),
         (["--backend", "quanto", "--stream"], 2, "--stream is for qkit's own quantization"),
@@ -48,7 +52,7 @@ def test_1_the_machine_failed(models, tmp_path):
 def test_formats_that_are_refused(options, code, text, models, tmp_path):
     done = qkit("quantize", models / "net.pt", *options, cwd=tmp_path)
     assert done.code == code
-    assert done.err.count("\n") <= 3  # told: the scheme and what was loaded
+    assert done.err.count("\n") <= 4  # told: streaming or not, the scheme and what was loaded
     assert text in done.error
     assert names(tmp_path) == []
 
@@ -197,7 +201,8 @@ def test_an_error_that_nobody_expected(main, monkeypatch, models):
     monkeypatch.setattr(qkit.flows, "quantize_file", fail)
     done = main("quantize", models / "net.pt")
     assert done.code == 1
-    assert done.err == "qkit: error: RuntimeError: first line second line (--debug shows where)\n"
+    assert done.error == "RuntimeError: first line second line (--debug shows where)"
+    assert done.err.count("\n") == 2  # told: streaming or not
     assert "in fail" in main("quantize", models / "net.pt", "--debug").err
 
 

@@ -50,9 +50,10 @@ def test_the_report_for_people(models, main, tmp_path, same_process):
     for remark in data["remarks"]:
         assert f"note: {remark}"[:60] in done.out
     told = done.err.splitlines()
-    assert told[0].startswith("w4a16-g32: weights int4 symmetric")
-    assert "pickle-zip" in told[1]
-    assert "verifying" in told[2]
+    assert told[0] == "in memory: a pickled module is loaded whole"
+    assert told[1].startswith("w4a16-g32: weights int4 symmetric")
+    assert "pickle-zip" in told[2]
+    assert "verifying" in told[3]
 
 
 def test_dry_run_writes_nothing(models, main, tmp_path, monkeypatch):
