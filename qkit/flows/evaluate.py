@@ -108,8 +108,9 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 def fill_outputs(report: Report, model: nn.Module, qmodel: nn.Module, inputs: Inputs) -> None:
     """Run both models once; fill in the error of the outputs and the kernels that ran.
 
-    Raises :class:`~qkit.errors.InputError` if the float model's output is not finite: then no
-    error could be judged.
+    Where sizes of the outputs depend on values (a predicted length) and differ, the error is that
+    of the weights. Raises :class:`~qkit.errors.InputError` if the float model's output is not
+    finite: then no error could be judged.
     """
     with eval_mode(model, qmodel):
         reference = run(model, inputs)
@@ -123,9 +124,14 @@ def fill_outputs(report: Report, model: nn.Module, qmodel: nn.Module, inputs: In
             )
         with ops.count_calls() as calls:
             outputs = run(qmodel, for_dtype(inputs, qmodel))
+    report.kernels = dict(sorted(calls.items()))
+    if [t.dim() for t in reference] == [t.dim() for t in outputs] and any(
+        a.shape != b.shape for a, b in zip(reference, outputs, strict=True)
+    ):
+        fill_weight_error(report, OTHER_SIZES)
+        return
     stats = compare(reference, outputs)
     report.error = stats.to_json() | {"level": "model", "inputs": inputs.origin}
-    report.kernels = dict(sorted(calls.items()))
     if stats.sqnr_db is not None and stats.sqnr_db < LOW_SQNR_DB:
         report.remarks.append(
             f"the output error is large (SQNR {stats.sqnr_db:.1f} dB): see the layers' SQNR, "
@@ -137,6 +143,13 @@ def fill_outputs(report: Report, model: nn.Module, qmodel: nn.Module, inputs: In
 NO_INPUTS = (
     "no inputs are known, so outputs were not compared and nothing was timed; the error is the "
     "worst layer's weight SQNR (give --input, --calib or --model)"
+)
+
+
+OTHER_SIZES = (
+    "the outputs have other sizes than the float model's, because sizes depend on values in this "
+    "model (a predicted length, say), so they were not compared; the error is the worst layer's "
+    "weight SQNR"
 )
 
 

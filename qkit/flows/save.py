@@ -44,7 +44,8 @@ def save(
 
     ``report`` (of ``quantize``) is completed with sizes and the verification and stored too.
     With ``inputs``, the outputs of the whole model are checked and a ``torch.export`` program is
-    written; without, each quantized layer by itself. ``source`` and ``builder`` say where the
+    written; without, or where there can be no program and nothing else rebuilds the model, each
+    quantized layer by itself. ``source`` and ``builder`` say where the
     model came from and how its architecture is rebuilt (:mod:`qkit.models`). The report's seconds
     count from ``start`` (of ``time.perf_counter``) if it is given.
 
@@ -61,13 +62,14 @@ def save(
         if source and source.kind == "hf-folder" and report:
             copy_config(Path(source.path), folder)
         remark = None
-        if inputs is None:
-            tensors = named_tensors(qmodel)
-            save_tensors(layer_outputs(Artifact(folder, meta), tensors), folder / CHECK)
-        else:
+        if inputs is not None:
             inputs = for_dtype(as_inputs(inputs), qmodel)
             save_tensors(model_check(qmodel, inputs), folder / CHECK)
             remark = write_program(qmodel, inputs, folder / PROGRAM)
+        if inputs is None or (remark and builder is None and source is None):
+            # A fresh process knows nothing that it could run as a whole.
+            tensors = named_tensors(qmodel)
+            save_tensors(layer_outputs(Artifact(folder, meta), tensors), folder / CHECK)
         write_meta(folder, meta)
         result = verify(
             folder,

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import json
+import re
 import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +18,27 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
 import qkit.ops  # noqa: F401  (a program names these operators)
-from qkit.errors import InputError
+from qkit.errors import InputError, MissingExtraError, UnsafePickleError
 from qkit.models import Inputs, check_program
 from qkit.nn.layer import stored_name
 from qkit.targets.artifact import PROGRAM, Artifact
 
 MAX_BATCH = 1 << 16
+# Where transformers defines classes of outputs.
+_OUTPUTS = re.compile(r"\btransformers\.(?:models\.\w+\.)?modeling_\w+")
 
 
 def write_program(model: nn.Module, inputs: Inputs, path: Path) -> str | None:
-    """Write the program of ``model`` for ``inputs``; return why not, if it cannot be captured.
+    """Write the program of ``model`` for ``inputs``; return why not, if there can be none.
 
-    The leading dimension that all inputs share (two or more) is dynamic if the model allows it.
+    A graph that :func:`load_program` would refuse (it calls operators of another library, or fails
+    on some values by a message of its own) is no program of an artifact. The leading dimension
+    that all inputs share (two or more) is dynamic if the model allows it.
     """
     failure: Exception | None = None
     for shapes in (_dynamic_batch(inputs), None):
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _without_cache(model):
                 warnings.simplefilter("ignore")
                 program = torch.export.export(
                     model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False
@@ -44,7 +54,29 @@ def write_program(model: nn.Module, inputs: Inputs, path: Path) -> str | None:
         # Through memory: torch's own writer would tell a full disk as an internal error.
         torch.export.save(program, buffer := io.BytesIO())
     path.write_bytes(buffer.getvalue())
+    try:
+        check_program(path)
+    except UnsafePickleError as refused:
+        path.unlink()
+        return f"its graph holds more than qkit loads: {refused.got}"
     return None
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """``model`` does not return the keys and values that transformers' decoders keep for later.
+
+    They are objects that torch.export does not know, and no output that qkit compares.
+    """
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    keeping = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    try:
+        for config in keeping:
+            config.use_cache = False
+        yield
+    finally:
+        for config in keeping:
+            config.use_cache = True
 
 
 def _first_line(error: Exception | None) -> str:
@@ -81,13 +113,29 @@ def _like(value: Tensor, old: Tensor) -> Tensor:
     return nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
 
 
+def _import_outputs(path: Path) -> None:
+    """Import the modules of transformers that define the outputs of the program in ``path``.
+
+    Such a class is known to torch once its module is imported; no other module is.
+    """
+    with zipfile.ZipFile(path) as archive:
+        graph = next(name for name in archive.namelist() if name.endswith("/models/model.json"))
+        text = archive.read(graph).decode()
+    for spec in set(re.findall(r'"out_spec": ("(?:[^"\\]|\\.)*")', text)):
+        for module in sorted(set(_OUTPUTS.findall(json.loads(spec)))):
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise MissingExtraError(
+                    "transformers", "hf", needed_for="the outputs of the program"
+                ) from error
+
+
 def load_program(artifact: Artifact, tensors: dict[str, Tensor]) -> nn.Module:
     """The program of ``artifact`` with ``tensors`` (of its weights file) as its weights."""
     path = artifact.path / PROGRAM
-    if (artifact.builder or {}).get("kind") == "transformers":
-        # Outputs of such models are classes of that library; the program's file names them.
-        import transformers.modeling_outputs  # noqa: F401
     check_program(path)
+    _import_outputs(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about its own use of itself

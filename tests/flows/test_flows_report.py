@@ -202,6 +202,31 @@ def test_figures_of_the_users_own(cnn, tmp_path, same_process):
     ]
 
 
+class PredictsLength(nn.Module):
+    """One row, or two if what it computes is below a limit."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 1, bias=False)
+
+    def forward(self, x):
+        return x[: 1 + int(self.fc(x[:1]).item() < self.limit)]
+
+
+def test_outputs_whose_sizes_differ_are_not_compared_and_it_is_said():
+    """8 bits of 0.3 and 1 are not 0.3: one model is made to give a row more than the other."""
+    net, x = PredictsLength(), torch.ones(2, 2)
+    net.fc.weight.data = torch.tensor([[0.3, 1.0]])
+    quantized = float(qkit.quantize(net.fc, inputs=x, latency=False)[0](x)[0, 0])
+    exact = float(net.fc(x).detach()[0, 0])
+    assert quantized != exact
+    net.limit = (quantized + exact) / 2
+    _, report = qkit.quantize(net, inputs=x, latency=False)
+    assert report.error["level"] == "weights"
+    assert report.error["sqnr_db"] == report.layers[0].sqnr_db
+    assert [r for r in report.remarks if "other sizes" in r]
+
+
 # Budgets
 
 
