@@ -67,7 +67,7 @@ def quantize_module(
     """
     plans = plan_layers(model, recipe, obstacle)
     chosen = [plan for plan in plans if plan.rule is not None]
-    _check_tensors(model)
+    check_tensors(model)
     if not in_place:
         model = _copy(model, [plan.entry.module for plan in chosen])
     ranges = _static_ranges(model, chosen, calib)
@@ -92,7 +92,7 @@ def plan_layers(model: nn.Module, recipe: Recipe, obstacle: Obstacle = no_obstac
     :class:`~qkit.errors.CoverageError` if nothing can be quantized.
     """
     entries = survey(model)
-    _check_rules(recipe, model)
+    check_rules(recipe, model)
     plans = _agree([_plan(entry, recipe, obstacle) for entry in entries])
     if all(plan.rule is None for plan in plans):
         raise _nothing(plans)
@@ -143,7 +143,8 @@ def _weight_of(plan: Plan) -> str:
     return plan.entry.tied_to or plan.entry.name
 
 
-def _check_rules(recipe: Recipe, model: nn.Module) -> None:
+def check_rules(recipe: Recipe, model: nn.Module) -> None:
+    """Raise :class:`~qkit.errors.UsageError` for a rule that matches no module."""
     modules = [(name, type(module).__name__) for name, module in model.named_modules()]
     for rule in recipe.unused(modules):
         names = [name for name, _ in modules if name]
@@ -154,7 +155,8 @@ def _check_rules(recipe: Recipe, model: nn.Module) -> None:
         )
 
 
-def _check_tensors(model: nn.Module) -> None:
+def check_tensors(model: nn.Module) -> None:
+    """Raise :class:`~qkit.errors.InputError` for NaN, and tensors on the meta device."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise InputError("the model has no values: a tensor is on the meta device", where=name)
@@ -320,7 +322,7 @@ def cast_module(
     model: nn.Module, fmt: Float, *, in_place: bool = False, progress: Progress = no_progress
 ) -> tuple[nn.Module, list[LayerRow]]:
     """``model`` with every float tensor cast to ``fmt``, and one row for each parameter tensor."""
-    _check_tensors(model)
+    check_tensors(model)
     if not in_place:
         model = _copy(model, [])
     dtype = getattr(torch, fmt.torch_name)
