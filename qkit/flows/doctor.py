@@ -16,7 +16,12 @@ EXTRAS = {
     "hf": (("transformers", "transformers"),),
     "pt2e": (("torchao", "torchao"),),
     "xnnpack": (("torchao", "torchao"), ("executorch", "executorch.runtime")),
-    "onnx": (("onnx", "onnx"), ("onnxscript", "onnxscript"), ("onnxruntime", "onnxruntime")),
+    "onnx": (
+        ("torchao", "torchao"),
+        ("onnx", "onnx"),
+        ("onnxscript", "onnxscript"),
+        ("onnxruntime", "onnxruntime"),
+    ),
     "quanto": (("optimum-quanto", "optimum.quanto"),),
     "gguf": (("gguf", "gguf"),),
     "compressed-tensors": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,7 +93,7 @@ def plan_layers(model: nn.Module, recipe: Recipe, obstacle: Obstacle = no_obstac
     :class:`~qkit.errors.CoverageError` if nothing can be quantized.
     """
     entries = survey(model)
-    _check_rules(recipe, model, entries)
+    check_rules(recipe, model, entries)
     plans = _agree([_plan(entry, recipe, obstacle) for entry in entries])
     if all(plan.rule is None for plan in plans):
         raise _nothing(plans)
@@ -173,7 +173,8 @@ def _weight_of(plan: Plan) -> str:
     return plan.entry.tied_to or plan.entry.name
 
 
-def _check_rules(recipe: Recipe, model: nn.Module, entries: list[Entry]) -> None:
+def check_rules(recipe: Recipe, model: nn.Module, entries: Iterable[Entry] = ()) -> None:
+    """Raise :class:`~qkit.errors.UsageError` for a rule that matches no module or entry."""
     modules: dict[str, tuple[str, ...]] = {n: (type(m).__name__,) for n, m in model.named_modules()}
     modules |= {entry.name: entry.kinds for entry in entries}
     for rule in recipe.unused((name, *kinds) for name, kinds in modules.items()):
@@ -186,7 +187,7 @@ def _check_rules(recipe: Recipe, model: nn.Module, entries: list[Entry]) -> None
 
 
 def check_tensors(model: nn.Module) -> None:
-    """Refuse NaN, and a model without values."""
+    """Raise :class:`~qkit.errors.InputError` for NaN, and tensors on the meta device."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise InputError("the model has no values: a tensor is on the meta device", where=name)

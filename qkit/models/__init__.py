@@ -1,5 +1,6 @@
 """Loading a model safely from any kind of file, and the inputs to run it on."""
 
+from qkit.models.factory import resolve_callable as resolve_callable
 from qkit.models.factory import resolve_factory as resolve_factory
 from qkit.models.factory import skeleton as skeleton
 from qkit.models.infer import infer as infer

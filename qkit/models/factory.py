@@ -27,6 +27,12 @@ def resolve_factory(spec: str) -> Factory:
     The working directory is searched too, as by ``python -m``. Importing runs that module.
     Raises :class:`~qkit.errors.UsageError` if it cannot be found or called.
     """
+    value = resolve_callable(spec)
+    return lambda: _checked(value(), spec)
+
+
+def resolve_callable(spec: str) -> Callable[[], Any]:
+    """What :func:`resolve_factory` finds, whatever it returns."""
     module_name, _, name = spec.rpartition(":")
     if not module_name or not name:
         raise UsageError("not a factory", got=repr(spec), wanted="package.module:factory")
@@ -49,7 +55,7 @@ def resolve_factory(spec: str) -> Factory:
             else "not callable",
             got=repr(spec),
         )
-    return lambda: _checked(value(), spec)
+    return value
 
 
 def _import(name: str) -> Any:

@@ -1,0 +1,159 @@
+"""The PT2E flow: capture, prepare, calibrate, convert. :mod:`qkit.flows.lower` takes it to a file.
+
+done = convert(model, "int8-static", data, dialect="onnx")
+done.module(x)      # the converted program: quantize, dequantize and float operators
+done.sites          # every layer, and what became of it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from qkit.errors import CoverageError, InputError, MissingExtraError, UsageError, nearest
+from qkit.flows.data import Data, in_memory
+from qkit.flows.evaluate import AnyInputs, eval_mode
+from qkit.flows.ptq import Progress, check_rules, check_tensors, no_progress
+from qkit.graph import DIALECTS, Dialect, Site, capture, find_sites, quiet
+from qkit.graph.capture import Dims
+from qkit.models import Inputs, run
+from qkit.numerics import OBSERVERS
+from qkit.report import package_version
+from qkit.spec import Recipe, Scheme, parse
+from qkit.targets.backend import Converted
+
+TORCHAO = "torchao"
+
+
+def check_torchao(needed_for: str = "the PT2E flow", extra: str = "pt2e") -> None:
+    """Raise :class:`~qkit.errors.MissingExtraError` without torchao."""
+    if package_version(TORCHAO) is None:
+        raise MissingExtraError(TORCHAO, extra, needed_for=needed_for)
+
+
+def convert(
+    model: nn.Module,
+    scheme: str | Scheme | Recipe,
+    data: Data | AnyInputs,
+    *,
+    dialect: str | Dialect = "onnx",
+    ignore: Sequence[str] = (),
+    observer: str = "minmax",
+    dims: Dims | None = None,
+    quantizer: Any = None,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress = no_progress,
+) -> Converted:
+    """``model`` as a converted PT2E program, calibrated with ``data``.
+
+    ``scheme`` is a name (``int8-static``, ``int8-dynamic``), a Scheme or a Recipe; ``ignore`` is as
+    in :func:`qkit.quantize`, and a rule may name an operator too (``Linear`` also for
+    ``F.linear``). ``dialect`` is a key of :data:`qkit.graph.DIALECTS`; ``observer`` one of
+    :data:`qkit.numerics.OBSERVERS`. ``dims`` are as in :func:`qkit.graph.capture`. A ``quantizer``
+    of your own (:mod:`qkit.graph.annotate`) replaces recipe and dialect for the annotations.
+
+    Raises :class:`~qkit.errors.InputError` for a model that cannot be captured, is not finite, or
+    has no values, and for data that it does not take; :class:`~qkit.errors.UsageError` for unknown
+    names; :class:`~qkit.errors.CoverageError` if nothing can be quantized.
+    """
+    check_torchao()
+    recipe = resolve(scheme, ignore)
+    if observer not in OBSERVERS:
+        raise UsageError("unknown observer", got=observer, wanted=nearest(observer, OBSERVERS))
+    if isinstance(dialect, str):
+        if dialect not in DIALECTS:
+            raise UsageError("unknown dialect", got=dialect, wanted=", ".join(DIALECTS))
+        dialect = DIALECTS[dialect]
+    data = data if isinstance(data, Data) else in_memory(data)
+    check_rules(recipe, model)
+    check_tensors(model)
+    example = data.first()
+    with eval_mode(model):
+        run(model, example)  # a clear error about the data, before anything is paid for
+        captured = capture(model, example.args, example.kwargs, dims=dims)
+    if captured.shapes is None:
+        size = next(t.shape[0] for t in (*captured.args, *captured.kwargs.values()) if t.dim())
+        data = data.rebatched(size)
+    module = captured.module()
+    sites = find_sites(module, recipe, dialect)
+    if quantizer is None and all(site.scheme is None for site in sites):
+        raise _nothing(sites)
+    module, sites = _quantized(module, recipe, dialect, observer, quantizer, data, progress)
+    return Converted(captured, module, tuple(sites), recipe, dict(options or {}))
+
+
+def resolve(scheme: str | Scheme | Recipe, ignore: Sequence[str]) -> Recipe:
+    """The recipe of a request; everything that it names is int8."""
+    if isinstance(scheme, Recipe):
+        return scheme
+    return Recipe.simple(parse(scheme) if isinstance(scheme, str) else scheme, ignore)
+
+
+def _quantized(
+    module: fx.GraphModule,
+    recipe: Recipe,
+    dialect: Dialect,
+    observer: str,
+    quantizer: Any,
+    data: Data,
+    progress: Progress,
+) -> tuple[fx.GraphModule, list[Site]]:
+    from qkit.graph.annotate import RecipeQuantizer, name_observers
+    from qkit.graph.ao import convert_pt2e, prepare_pt2e
+
+    ours = quantizer is None
+    if ours:
+        quantizer = RecipeQuantizer(recipe, dialect, observer)
+    with quiet():
+        prepared = prepare_pt2e(module, quantizer)
+    name_observers(prepared)
+    static = not ours or any(site.static for site in quantizer.sites)
+    done = 0
+    for batch in data.stream():
+        _observe(prepared, batch)
+        done += next(t.shape[0] for t in (*batch.args, *batch.kwargs.values()) if t.dim())
+        progress(done, data.samples or 0, "calibrating")
+        # Without ranges to learn, one pass is still needed: weights are looked at by running.
+        if not static:
+            break
+    if not done:
+        raise InputError(
+            "the calibration data have no whole batch",
+            where=data.origin,
+            wanted="at least as many samples as the model's fixed batch",
+        )
+    with quiet():
+        converted = convert_pt2e(prepared)
+    sites = quantizer.sites if ours else []
+    return _without_unused(converted), sites
+
+
+def _observe(prepared: fx.GraphModule, batch: Inputs) -> None:
+    """:func:`qkit.models.run` where the observers' own errors are told as they are."""
+    try:
+        run(prepared, batch)
+    except InputError as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
+
+
+def _without_unused(module: fx.GraphModule) -> fx.GraphModule:
+    """``module`` without the float weights that nothing reads: they would be saved with it."""
+    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    for name in [name for name, _ in tensors if name not in used]:
+        owner, _, leaf = name.rpartition(".")
+        delattr(module.get_submodule(owner), leaf)
+    return module
+
+
+def _nothing(sites: list[Site]) -> CoverageError:
+    reasons = sorted({f"{site.kind}: {site.reason}" for site in sites})
+    return CoverageError(
+        "nothing was quantized: no layer of the model matched",
+        got="; ".join(reasons[:6]) or "a model without layers",
+        fix="qkit inspect shows the model's layers",
+    )

@@ -1,0 +1,106 @@
+"""The operators of a captured graph that integer kernels exist for, by what they do to codes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, fx
+
+# role: ``weighted``  multiplies by a weight: input and weight are quantized
+#       ``binary``    of two activations, which have parameters of their own
+#       ``alike``     of several activations that share their parameters with the output (cat)
+#       ``same``      moves values or picks among them: the output has the input's parameters
+#       ``own``       computes new values: the output has parameters of its own
+#       ``tail``      is computed for nothing by the operator before it (relu)
+
+
+class Kind(NamedTuple):
+    """What an operator is called in recipes and reports, and its role."""
+
+    name: str
+    role: str
+
+
+_KINDS = {
+    "conv1d": Kind("Conv1d", "weighted"),
+    "conv2d": Kind("Conv2d", "weighted"),
+    "conv3d": Kind("Conv3d", "weighted"),
+    "linear": Kind("Linear", "weighted"),
+    "add": Kind("Add", "binary"),
+    "add_": Kind("Add", "binary"),
+    "mul": Kind("Mul", "binary"),
+    "mul_": Kind("Mul", "binary"),
+    "cat": Kind("Concat", "alike"),
+    "max_pool2d": Kind("MaxPool2d", "same"),
+    "flatten": Kind("Flatten", "same"),
+    "view": Kind("Reshape", "same"),
+    "reshape": Kind("Reshape", "same"),
+    "permute": Kind("Transpose", "same"),
+    "transpose": Kind("Transpose", "same"),
+    "squeeze": Kind("Squeeze", "same"),
+    "unsqueeze": Kind("Unsqueeze", "same"),
+    "slice": Kind("Slice", "same"),
+    "dropout": Kind("Dropout", "same"),
+    "avg_pool2d": Kind("AvgPool2d", "own"),
+    "adaptive_avg_pool2d": Kind("AdaptiveAvgPool2d", "own"),
+    "relu": Kind("ReLU", "tail"),
+    "relu_": Kind("ReLU", "tail"),
+    "relu6": Kind("Hardtanh", "tail"),
+    "relu6_": Kind("Hardtanh", "tail"),
+    "hardtanh": Kind("Hardtanh", "tail"),
+    "hardtanh_": Kind("Hardtanh", "tail"),
+}
+
+
+def kind_of(node: object) -> Kind | None:
+    """The kind of a node, or None where there is no integer kernel for it."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.name.startswith("aten::"):
+        return None
+    kind = _KINDS.get(schema.name.removeprefix("aten::"))
+    if kind is not None and kind.role == "binary" and not _plain(node):
+        return None
+    return kind
+
+
+def _plain(node: fx.Node) -> bool:
+    """Whether a binary operator has two computed float tensors, and no factor between them."""
+    return not node.kwargs and len(node.args) == 2 and len(activations(node)) == 2
+
+
+def activations(node: fx.Node) -> list[fx.Node]:
+    """The float tensors among the inputs of ``node`` that are computed or given, no parameters."""
+    return [n for n in node.all_input_nodes if n.op != "get_attr" and is_float(n)]
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether the value of ``node`` is a float tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def owner_of(node: fx.Node) -> tuple[str, str]:
+    """The full name and the class name of the module whose forward calls ``node``."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return "", ""
+    name, kind = stack[-1]
+    kind = kind if isinstance(kind, str) else kind.__name__
+    # Strict export writes L['self'].body['fc'] where non-strict export writes body.fc.
+    return name.removeprefix("L['self']").lstrip("."), kind.rpartition(".")[2]
+
+
+def weight_of(node: fx.Node) -> tuple[fx.Node, str] | None:
+    """The node of the weight of a weighted operator, and the name of the module that owns it."""
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return None
+    return weight, str(weight.target).rpartition(".")[0]
+
+
+def bias_of(node: fx.Node) -> fx.Node | None:
+    """The node of the bias of a weighted operator, where it has one that is a parameter."""
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    return bias if isinstance(bias, fx.Node) and bias.op == "get_attr" else None

@@ -1,0 +1,83 @@
+"""Sites: what a recipe makes of each layer of a captured graph, decided before calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from qkit.graph.dialect import Dialect
+from qkit.graph.kinds import Kind, is_float, kind_of, owner_of, weight_of
+from qkit.spec import Int, PerChannel, PerTensor, Recipe, Scheme
+
+
+@dataclass(frozen=True)
+class Site:
+    """One operator with a weight: the ``node`` that calls it, the module ``owner`` of its weight,
+    its ``kind``, and the scheme it gets, or the reason why it is left."""
+
+    node: fx.Node
+    owner: str
+    kind: str
+    scheme: Scheme | None
+    reason: str | None = None
+
+    @property
+    def static(self) -> bool:
+        """Whether the input has a range that calibration learns."""
+        return self.scheme is not None and when(self.scheme) == "static"
+
+
+def when(scheme: Scheme) -> str:
+    """``static``, ``dynamic``, or ``weight`` where activations are left alone."""
+    return "weight" if scheme.input is None else scheme.input.when
+
+
+def rule_scheme(node: fx.Node, kind: Kind, recipe: Recipe) -> tuple[Scheme | None, str]:
+    """What ``recipe`` says of ``node``: a scheme, or the reason to leave it.
+
+    A rule may name the operator (``Linear`` also for ``F.linear``), or the module that calls it, or
+    the module that owns its weight.
+    """
+    name, module = owner_of(node)
+    weight = weight_of(node) if kind.role == "weighted" else None
+    names = [(name, module), (name, kind.name)]
+    if weight is not None and weight[1] != name:
+        names.append((weight[1], kind.name))
+    for rule in recipe.rules:
+        if any(rule.matches(*each) for each in names):
+            return rule.scheme, f"ignored by {rule.match!r}" if rule.scheme is None else ""
+    return None, "no rule of the recipe matches it"
+
+
+def find_sites(module: fx.GraphModule, recipe: Recipe, dialect: Dialect) -> list[Site]:
+    """Every operator of ``module`` with a weight, in order, and what becomes of it."""
+    sites = []
+    for node in module.graph.nodes:
+        kind = kind_of(node)
+        if kind is None or kind.role != "weighted":
+            continue
+        weight = weight_of(node)
+        owner = weight[1] if weight else owner_of(node)[0]
+        scheme, reason = rule_scheme(node, kind, recipe)
+        if scheme is not None:
+            reason = "its weight is computed" if weight is None else ""
+            reason = reason or _obstacle(node, kind, scheme, dialect) or ""
+        sites.append(Site(node, owner, kind.name, None if reason else scheme, reason or None))
+    return sites
+
+
+def _obstacle(node: fx.Node, kind: Kind, scheme: Scheme, dialect: Dialect) -> str | None:
+    """Why ``dialect`` cannot express ``scheme`` at ``node``; None where it can."""
+    fmt = scheme.weight.format
+    if not isinstance(fmt, Int) or fmt.bits != 8 or not scheme.weight.symmetric:
+        return f"{dialect.name} has integer kernels for symmetric int8 weights ({scheme.name})"
+    if scheme.weight.granularity not in (PerTensor(), PerChannel(0)):
+        return f"{dialect.name} has weights per channel or tensor, not in groups ({scheme.name})"
+    if kind.name not in dialect.kinds:
+        return f"{dialect.name} has no integer {kind.name}"
+    if when(scheme) == "dynamic" and kind.name not in dialect.dynamic:
+        return f"{dialect.name} has no {kind.name} with ranges taken at each call: use int8-static"
+    if not is_float(node):
+        return "it does not compute floats"
+    return None

@@ -1,0 +1,99 @@
+"""What a runtime behind the PT2E flow provides: the Protocol, and what passes through it.
+
+A backend is a module-level object that :func:`backend` imports when it is asked for. The flow calls
+``check`` before anything is paid for, ``export`` once for the float program and once for the
+converted one, ``load`` in a fresh process, and ``audit`` on the written file.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, fx
+
+from qkit.errors import CoverageError
+from qkit.graph import Captured, Dialect, Site
+from qkit.spec import Recipe, Scheme
+from qkit.targets import TARGETS
+
+# A loaded artifact: positional and named tensors in, the flattened outputs out.
+Session = Callable[[Sequence[Tensor], Mapping[str, Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What is lowered: the captured float model, the PT2E ``module`` with quantize and dequantize
+    operators, and what became of each layer. ``options`` are the target's own."""
+
+    captured: Captured
+    module: fx.GraphModule
+    sites: tuple[Site, ...]
+    recipe: Recipe
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> list[Site]:
+        """The layers that are quantized."""
+        return [site for site in self.sites if site.scheme is not None]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the runtime made of the artifact: its ``integer`` and ``floating`` kernels by name, how
+    many layers ``ran`` as integers of the ``expected``, conversions ``left`` between kernels."""
+
+    integer: dict[str, int]
+    floating: dict[str, int]
+    ran: int
+    expected: int
+    left: int = 0
+    remarks: tuple[str, ...] = ()
+
+    def require(self, where: str) -> None:
+        """Raise :class:`~qkit.errors.CoverageError` if no integer kernel runs at all."""
+        if self.expected and not self.ran:
+            raise CoverageError(
+                "the runtime runs no integer kernel: nothing is won",
+                where=where,
+                got=", ".join(f"{name} x{n}" for name, n in self.floating.items()) or "none",
+                wanted=f"{self.expected} integer layers",
+            )
+
+
+class Backend(Protocol):
+    """A runtime: how models are written for it, loaded by it, and what it runs."""
+
+    name: str
+    # The file in the artifact, such as model.onnx.
+    file: str
+
+    def dialect(self, options: Mapping[str, Any]) -> Dialect:
+        """How the quantized graph is written."""
+
+    def check(self, scheme: Scheme, options: Mapping[str, Any]) -> None:
+        """Refuse what cannot be done here: a missing package or compiler, a scheme, an option."""
+
+    def export_float(self, captured: Captured, path: Path) -> None:
+        """Write the float program to ``path``, for comparison in the same runtime."""
+
+    def export(self, converted: Converted, path: Path) -> None:
+        """Write the converted program to ``path``."""
+
+    def load(self, path: Path, threads: int) -> Session:
+        """Load a file; :class:`~qkit.errors.InputError` if the runtime refuses it."""
+
+    def audit(self, path: Path, converted: Converted) -> Audit:
+        """Count what the runtime runs."""
+
+    def runtime(self) -> str:
+        """Its name and version, for reports."""
+
+
+def backend(name: str) -> Backend:
+    """The backend of the target ``name``, a row of :data:`qkit.targets.TARGETS`."""
+    found: Backend = importlib.import_module(TARGETS[name].module).BACKEND
+    return found
