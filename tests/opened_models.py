@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 
 class Tagger(nn.Module):
@@ -63,6 +65,21 @@ class Crossed(nn.Module):
         return self.along(x, x, x, need_weights=False)[0] * weights.amax(-1, keepdim=True)
 
 
+class Normed(nn.Module):
+    """A convolution and a layer with weight norm, a pruned layer, and a bilinear form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = weight_norm(nn.Conv2d(3, 5, 3))
+        self.fc = spectral_norm(nn.Linear(5, 7))
+        self.pruned = prune.random_unstructured(nn.Linear(7, 7), "weight", 0.5)
+        self.pair = nn.Bilinear(7, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu().mean((2, 3))
+        return self.pair(self.pruned(self.fc(x)), x)
+
+
 class Weightless(nn.Module):
     """Raw parameters with an LSTM's names, in a module that is none."""
 
@@ -78,6 +95,7 @@ class Weightless(nn.Module):
 
 
 MODELS = {
+    "normed": (Normed, lambda: (torch.randn(3, 3, 6, 6),)),
     "encoder": (Encoder, lambda: (torch.randint(0, 31, (3, 6)),)),
     "attention": (Crossed, lambda: (torch.randn(3, 4, 12), torch.randn(3, 5, 7))),
     "tagger": (Tagger, lambda: (torch.randint(0, 31, (3, 6)),)),

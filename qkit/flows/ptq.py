@@ -14,8 +14,9 @@ from qkit.algorithms import CALIBRATED, DATA_FREE, Stats
 from qkit.errors import CoverageError, InputError, UsageError, nearest
 from qkit.flows.calibrate import collect, input_qparams, passes
 from qkit.models import Inputs
-from qkit.nn import QUANTIZED, Entry, QLayer, open_modules, survey, swap
+from qkit.nn import QUANTIZED, Entry, QLayer, open_modules, opening, survey, swap
 from qkit.nn.computed import detached
+from qkit.nn.open import gone
 from qkit.numerics import QParams, QTensor, check_finite, dequantize
 from qkit.report import LayerRow, tensor_sqnr_db
 from qkit.spec import QSpec, Recipe, Rule, Scheme
@@ -69,7 +70,7 @@ def quantize_module(
     chosen = [plan for plan in plans if plan.rule is not None]
     check_tensors(model)
     if not in_place:
-        model = copied(model, [plan.entry.module for plan in chosen])
+        model = copied(model, _replaced(model, plans))
     model = open_modules(model, opened(plans))
     ranges = _static_ranges(model, chosen, calib)
     rows: dict[str, LayerRow] = {}
@@ -246,9 +247,20 @@ def _nothing(plans: list[Plan]) -> CoverageError:
     )
 
 
-def copied(model: nn.Module, replaced: list[nn.Module]) -> nn.Module:
-    """A copy of ``model`` that shares the weights of the modules that will be ``replaced``."""
-    memo: dict[int, Any] = {id(module.weight): module.weight for module in replaced}
+def _replaced(model: nn.Module, plans: list[Plan]) -> list[Any]:
+    """The parameters of which nothing is left once the ``plans`` are carried out."""
+    weights: list[Any] = [plan.entry.module.weight for plan in plans if plan.rule is not None]
+    for name in opened(plans):
+        module = model.get_submodule(name)
+        form = opening(module)
+        if form is not None and all(p.rule for p in plans if p.entry.inside == name):
+            weights += gone(module, form)
+    return weights
+
+
+def copied(model: nn.Module, replaced: list[Any]) -> nn.Module:
+    """A copy of ``model`` that shares the parameters that will be ``replaced``."""
+    memo = {id(tensor): tensor for tensor in replaced}
     try:
         return copy.deepcopy(model, memo | detached(model))
     except Exception as error:  # a model may hold anything: locks, handles, non-leaf tensors

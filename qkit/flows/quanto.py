@@ -201,7 +201,8 @@ def _obstacle_in(model: nn.Module) -> Callable[[Entry, Scheme], str | None]:
 
     def obstacle(entry: Entry, scheme: Scheme) -> str | None:
         if entry.inside is not None or type(entry.module) not in (nn.Linear, nn.Conv2d):
-            return f"optimum-quanto has no quantized {entry.inside_kind or entry.kind}"
+            what = entry.note or entry.inside_kind or entry.kind
+            return f"optimum-quanto has no quantized {what}"
         if paths[id(entry.module)] > 1:
             return "used at several places, of which optimum-quanto replaces one"
         if not entry.name:

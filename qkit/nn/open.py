@@ -1,22 +1,24 @@
 """Opening: modules that compute with raw parameters become modules that call layers.
 
-:data:`OPENED` is the table. What computes its weights anew at every call (weight norm, a pruning
-mask, a parametrization) is settled first, and a layer of which nothing more is to be done then
-counts as opened too.
+:data:`OPENED` is the table, with what is known of transformers by name beside it. What computes its
+weights anew at every call (weight norm, a pruning mask, a parametrization) is settled first, and a
+layer of which nothing more is to be done then counts as opened too.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from qkit.nn.attention import OpenAttention
+from qkit.nn.bilinear import OpenBilinear
 from qkit.nn.computed import computed_by, detached, is_computing, settled
-from qkit.nn.opened import Opened, obstacle
+from qkit.nn.experts import OpenExperts, is_experts
+from qkit.nn.opened import Opened, linear, obstacle
 from qkit.nn.recurrent import OpenCell, OpenRecurrent
 from qkit.nn.swap import swap
 
@@ -28,7 +30,10 @@ OPENED: dict[type[nn.Module], type[Opened]] = {
     nn.GRUCell: OpenCell,
     nn.RNNCell: OpenCell,
     nn.MultiheadAttention: OpenAttention,
+    nn.Bilinear: OpenBilinear,
 }
+# transformers' linear layer with a transposed weight, which is not imported for this.
+_TRANSPOSED = "transformers.pytorch_utils.Conv1D"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,20 +51,20 @@ class Opening:
 def opening(module: nn.Module) -> Opening | None:
     """What ``module`` becomes when it is opened; None where there is nothing to open.
 
-    ``module`` is not changed, and the tensors of both are the same. Raises nothing: what cannot be
-    opened says why (:func:`why_closed`).
+    ``module`` is not changed, and the tensors of both are the same, or views. What could be opened
+    but for something special says why not (:func:`why_closed`).
     """
     names = computed_by(module)
-    if not (names or type(module) in OPENED):
+    if not names and _opener(module) is None:
         return None
     plain = settled(module)
-    kind = type(plain)
     if _obstacle(plain) is not None:
         return None
-    new = OPENED[kind](plain) if kind in OPENED else plain
-    new.opened_from = kind.__name__  # type: ignore[assignment]
+    build, kind = _opener(plain), type(plain).__name__
+    new = plain if build is None else build[0](plain)
+    new.opened_from = kind  # type: ignore[assignment]
     what = ", ".join(dict.fromkeys(names.values()))
-    return Opening(new, kind.__name__, f"{what} folded" if names else None)
+    return Opening(new, kind, f"{what} folded" if names else None)
 
 
 def why_closed(module: nn.Module) -> str | None:
@@ -67,9 +72,30 @@ def why_closed(module: nn.Module) -> str | None:
     return _obstacle(settled(module))
 
 
+def _opener(module: nn.Module) -> tuple[Callable[[Any], nn.Module], set[str]] | None:
+    """What opens a module of this class, and the names of the tensors that it takes over."""
+    kind: Any = type(module)
+    cls = OPENED.get(kind) or (OpenExperts if is_experts(module) else None)
+    if cls is not None:
+        return cls, cls.tensors_of(module)
+    if f"{kind.__module__}.{kind.__qualname__}" == _TRANSPOSED:
+        return _transposed, {"weight", "bias"}
+    return None
+
+
+def _transposed(module: Any) -> nn.Linear:
+    return linear(module.weight.T, module.bias).train(module.training)
+
+
 def _obstacle(plain: nn.Module) -> str | None:
-    cls = OPENED.get(type(plain))
-    return None if cls is None else obstacle(plain, cls.tensors_of(plain))
+    opener = _opener(plain)
+    return None if opener is None else obstacle(plain, opener[1])
+
+
+def gone(module: nn.Module, form: Opening) -> list[nn.Parameter]:
+    """The parameters of ``module`` that ``form`` has views of, or what was computed from them."""
+    kept = {id(p) for p in form.module.parameters()}
+    return [p for p in module.parameters() if id(p) not in kept]
 
 
 def opened_like(model: nn.Module, other: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from qkit.nn.computed import computed_by, settled
 from qkit.nn.conv2d import QConv2d
 from qkit.nn.layer import QLayer
 from qkit.nn.linear import QLinear
-from qkit.nn.open import Opening, opening, why_closed
+from qkit.nn.open import Opening, gone, opening, why_closed
 from qkit.nn.opened import Opened
 from qkit.nn.tree import Tensors, without_form
 from qkit.ops.schema import FLOATS
@@ -117,8 +117,7 @@ class _Walk:
             return None
         if not isinstance(form.module, Opened) and _reason(form.module) is not None:
             return None
-        gone = {id(p) for p in module.parameters()} - {id(p) for p in form.module.parameters()}
-        if any(self.owners[each] > 1 for each in gone):
+        if any(self.owners[id(each)] > 1 for each in gone(module, form)):
             return "shares a parameter that it would hold in another form"
         return form
 

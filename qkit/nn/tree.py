@@ -24,6 +24,9 @@ _EMBEDDING = re.compile(r"(^|[._])(w[tp]e|\w*emb\w*|shared|\w*position\w*|tok\w*
 # The class of a layer by the dimensions of its weight.
 _GUESSES = {2: "Linear", 4: "Conv2d"}
 
+# Classes that are opened (qkit.nn.open) into tensors that are not in the state dict as they are.
+_IN_MEMORY = ("Bilinear", "Conv1D")
+
 
 def without_form(kind: str) -> str:
     """Why a layer of the class ``kind``, which is not one that is quantized, stays in float."""
@@ -139,6 +142,8 @@ def _is_embedding(name: str, kind: str | None) -> bool:
 def _container(name: str, tensors: Mapping[str, Tensor], kind: str | None) -> Tensors:
     if kind in _GUESSES.values():
         module = Tensors(f"its tensors are not those of a {kind}")
+    elif kind is not None and (kind in _IN_MEMORY or kind.endswith("Experts")):
+        module = Tensors(f"a {kind} is opened where the model is in memory, not as tensors")
     elif kind is not None:
         module = Tensors(without_form(kind))
     elif "weight" in tensors and tensors["weight"].dim() > 1 and _is_embedding(name, kind):

@@ -50,10 +50,10 @@ _SCALES: dict[torch.dtype | None, Float] = {torch.float16: FP16, torch.bfloat16:
 
 def layer_obstacle(entry: Entry, scheme: Scheme) -> str | None:
     """Why the format cannot hold the layer ``entry`` under ``scheme``; None where it can."""
-    if entry.inside is not None:
-        return f"transformers has no layers inside a {entry.inside_kind}"
-    if type(entry.module) is not nn.Linear:
-        return f"compressed-tensors folders have no quantized {entry.kind}"
+    if entry.note is not None:
+        return f"transformers computes its weight ({entry.note} here)"
+    if entry.inside is not None or type(entry.module) is not nn.Linear:
+        return f"compressed-tensors folders have no quantized {entry.inside_kind or entry.kind}"
     if entry.tied_to is not None:
         return f"shares its weight with {entry.tied_to}, which transformers ties in float only"
     size, columns = scheme.weight.group_size, entry.module.in_features

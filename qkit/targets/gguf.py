@@ -48,7 +48,7 @@ MAGIC = b"GGUF"
 def layer_obstacle(entry: Entry, scheme: Scheme) -> str | None:
     """Why no block type holds the layer ``entry``; None where one does."""
     if entry.inside is not None:
-        return f"GGUF files keep the tensors of the model, and a {entry.inside_kind} has no layers"
+        return f"GGUF files keep the tensors of the model: those of a {entry.inside_kind} stay"
     weight: Any = entry.module.weight
     if weight.ndim != 2:
         return "GGUF blocks run along the rows of a matrix"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import nn
 import qkit
 from qkit.errors import InputError
 from qkit.flows import Request, quantize_file, stream_file
-from qkit.nn import Opened, QLinear, survey
+from qkit.nn import Opened, QConv2d, QLayer, QLinear, survey
 from qkit.targets.artifact import WEIGHTS, read_artifact, write_meta
 
 
@@ -43,11 +44,8 @@ def test_an_artifact_comes_back_bit_for_bit(scheme, case, tmp_path, same_process
     assert report.error["sqnr_db"] > (10 if "4" in scheme else 25)
     artifact = qkit.save(qmodel, tmp_path / "out", inputs=x, report=report)
     assert report.verification["bit_identical"]
-    assert artifact.opened == {
-        name: type(module).__name__
-        for name, module in model.named_modules()
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention)
-    }
+    entries = [entry for entry in survey(model) if entry.opens and entry.name in artifact.layers]
+    assert artifact.opened == {entry.inside: entry.inside_kind for entry in entries} != {}
     for into in (factory, factory(), None):
         assert torch.equal(outputs(qkit.load(tmp_path / "out", into=into), x), outputs(qmodel, x))
 
@@ -59,10 +57,40 @@ def test_rows_name_the_layers_inside_and_sum_to_the_model(case):
         p.numel() for p in model.parameters()
     )
     quantized = {row.name for row in report.layers if row.scheme}
-    assert quantized == {n for n, m in qmodel.named_modules() if isinstance(m, QLinear)}
-    inside = {e.name for e in survey(model) if e.opens and e.kind == "Linear"}
+    assert quantized == {n for n, m in qmodel.named_modules() if isinstance(m, QLayer)}
+    inside = {e.name for e in survey(model) if e.opens and not isinstance(e.module, Opened)}
     assert inside <= quantized
     assert report.coverage["fraction"] > 0.8
+
+
+def test_the_row_of_a_folded_weight_says_so():
+    model, x = opened_models.Normed().eval(), torch.randn(3, 3, 6, 6)
+    qmodel, report = qkit.quantize(model, "w8a16", inputs=x, latency=False)
+    notes = {row.name: row.note for row in report.layers}
+    assert notes["conv"] == "weight norm folded"
+    assert notes["fc"] == "spectral norm folded"
+    assert notes["pruned"] == "the pruning mask folded"
+    assert type(qmodel.conv) is QConv2d
+    assert type(qmodel.fc) is type(qmodel.pruned) is QLinear
+    zeros = model.pruned.weight == 0
+    assert zeros.any()
+    assert not qmodel.pruned.weight[zeros].any()
+
+
+def test_the_older_weight_norm_is_folded_too(tmp_path, same_process):
+    def make() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, and in use
+            return nn.Sequential(nn.utils.weight_norm(nn.Linear(9, 7)), nn.Linear(7, 3))
+
+    model, x = make().eval(), torch.randn(2, 9)
+    model(x)  # its weight is now the result of a computation, which deepcopy refuses
+    qmodel, report = qkit.quantize(model, "w8a16", inputs=x, latency=False)
+    assert report.layers[0].note == "weight norm folded"
+    qkit.save(qmodel, tmp_path / "out", inputs=x)
+    plain = nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 3))
+    for into in (make, make(), plain):
+        assert torch.equal(outputs(qkit.load(tmp_path / "out", into), (x,)), outputs(qmodel, (x,)))
 
 
 @pytest.mark.parametrize(
@@ -164,12 +192,14 @@ def test_compare_looks_inside(case, tmp_path, same_process):
     qmodel, _ = qkit.quantize(model, "w8a16", inputs=x, latency=False)
     qkit.save(qmodel, tmp_path / "out", inputs=x)
     modules = list(model.modules())
+    inside = {e.name for e in survey(model) if e.opens and not isinstance(e.module, Opened)}
     for pair in ((model, qmodel), (qmodel, model), (model, tmp_path / "out")):
         result = qkit.compare(*pair, x)
         assert result.only_in_a == result.only_in_b == []
-        inside = [row for row in result.layers if "weight" in row.name]
-        assert {row.what for row in inside} == {"output"}
-        assert all(row.error.sqnr_db > 20 for row in inside)
+        rows = {row.name: row for row in result.layers if row.name in inside}
+        assert rows.keys() == inside
+        assert {row.what for row in rows.values()} == {"output"}
+        assert all(row.error.sqnr_db > 20 for row in rows.values())
     assert list(model.modules()) == modules
 
 

@@ -132,7 +132,8 @@ def test_other_names_are_no_embeddings(name):
         ("fc", "Linear", None),
         ("emb", "Linear", None),
         ("fc", "Embedding", "no quantized form of Embedding yet"),
-        ("fc", "Bilinear", "no quantized form of Bilinear yet"),
+        ("fc", "Conv1D", "a Conv1D is opened where the model is in memory, not as tensors"),
+        ("fc", "MyExperts", "a MyExperts is opened where the model is in memory, not as tensors"),
         ("bn", "BatchNorm2d", "normalisation stays in float"),
     ],
 )
