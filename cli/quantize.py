@@ -45,6 +45,31 @@ if TYPE_CHECKING:
     show_default=True,
     help="qkit; compressed-tensors: a folder that transformers loads; gguf: one file.",
 )
+@click.option(
+    "--observer",
+    default="minmax",
+    show_default=True,
+    help="With --target onnx: how ranges of activations are estimated: minmax, moving-average, "
+    "percentile, mse, entropy.",
+)
+@click.option(
+    "--dialect",
+    metavar="NAME",
+    help="With --target onnx: tensorrt writes what TensorRT's explicit quantization wants.",
+)
+@click.option(
+    "--accuracy-level",
+    type=click.IntRange(0, 4),
+    default=0,
+    show_default=True,
+    help="With --target onnx and weights alone: that of MatMulNBits; 4 rounds activations to int8.",
+)
+@click.option(
+    "--dynamic",
+    multiple=True,
+    metavar="INPUT.DIM=NAME",
+    help="With --target onnx: a dimension that varies besides the batch. Repeatable.",
+)
 @click.option("-o", "--output", type=click.Path(), help="Folder (or file) to write [NAME-SCHEME].")
 @click.option("--group-size", type=int, help="Weights that share a scale; -1 for whole rows.")
 @click.option(
@@ -63,7 +88,8 @@ if TYPE_CHECKING:
     "--calib",
     type=click.Path(),
     metavar="FILE.npz",
-    help="Real inputs, by argument name: to learn from and to compare on.",
+    help="Real inputs, by argument name: to learn from and to compare on. With --target onnx also "
+    "MODULE:FUNCTION, which returns batches.",
 )
 @architecture_options
 @click.option(
@@ -121,7 +147,8 @@ def command(
     from qkit.cli.table import print_report
 
     from qkit.errors import UsageError
-    from qkit.flows import Request, choose, quantize_file, quanto_file, stream_file
+    from qkit.flows import Request, choose, lower_file, quantize_file, quanto_file, stream_file
+    from qkit.targets import LOWERED
 
     set_threads(threads)
     talk = not (quiet or as_json)
@@ -139,8 +166,16 @@ def command(
         if talk:
             click.echo(text, err=True)
 
-    flow: Callable[..., Report] = quanto_file
-    if backend == "qkit":
+    lowered = request.target in LOWERED
+    if lowered and (stream or streaming or backend != "qkit"):
+        raise UsageError("--stream and --backend are for --target torch")
+    others = {"--dialect": request.dialect, "--dynamic": request.dynamic}
+    others |= {"--accuracy-level": request.accuracy_level}
+    if not lowered and any(others.values()):
+        wrong = ", ".join(name for name, value in others.items() if value)
+        raise UsageError("an option of another target", got=wrong, fix="--target onnx")
+    flow: Callable[..., Report] = lower_file if lowered else quanto_file
+    if backend == "qkit" and not lowered:
         choice = choose(request, streamed=True if streaming else stream)
         told(str(choice))
         flow = stream_file if choice.streamed else quantize_file

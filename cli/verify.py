@@ -17,6 +17,11 @@ from qkit.cli.common import (
 @click.command(short_help="Check an artifact in a fresh process.")
 @click.argument("artifact", type=click.Path())
 @click.option("--source", type=click.Path(), help="The model file that was quantized.")
+@click.option(
+    "--dialect",
+    metavar="NAME",
+    help="Of an .onnx file: tensorrt checks the rules of TensorRT's explicit quantization.",
+)
 @architecture_options
 @threads_option
 @json_option
@@ -25,6 +30,7 @@ from qkit.cli.common import (
 def command(
     artifact: str,
     source: str | None,
+    dialect: str | None,
     model: str | None,
     trust_pickle: bool,
     threads: int | None,
@@ -32,13 +38,23 @@ def command(
     quiet: bool,
     debug: bool,
 ) -> None:
-    """Check the hashes of ARTIFACT and run it again in a fresh process."""
+    """Check the hashes of ARTIFACT and run it again in a fresh process.
+
+    ARTIFACT may also be an .onnx file, which is loaded and run on made-up inputs.
+    """
     from qkit.flows import verify
 
     set_threads(threads)
-    result = verify(artifact, model=model, source=source, trust_pickle=trust_pickle)
+    result = verify(
+        artifact, model=model, source=source, trust_pickle=trust_pickle, dialect=dialect
+    )
     if as_json:
         print_json(result)
+    elif not quiet and "rules" in result:
+        click.echo("\n".join(f"met: {rule}" for rule in result["rules"]))
+    elif not quiet and result["level"] == "file":
+        kernels = ", ".join(f"{name} x{count}" for name, count in result["kernels"].items())
+        click.echo(f"runs in {result['runtime']}, finite on inputs of ones; {kernels}")
     elif not quiet:
         ways = " and ".join(check["way"] for check in result["checks"])
         same = (

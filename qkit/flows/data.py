@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qkit.errors import InputError, UsageError
 from qkit.flows.evaluate import AnyInputs, as_inputs
-from qkit.models import Inputs, batches, from_npz, resolve_callable
+from qkit.models import Inputs, batches, from_npz, resolve_callable, split
 
 BATCH = 8
 
@@ -32,6 +32,21 @@ class Data:
             raise InputError("the calibration data are empty", where=self.origin)
         return found
 
+    def head(self, samples: int) -> Inputs:
+        """The first ``samples`` as one batch, or as many as there are in batches that fit together.
+
+        Raises what :meth:`first` raises.
+        """
+        stream = self.stream()
+        found = self.first()
+        next(stream)
+        while leading(found) < samples and (more := next(stream, None)) is not None:
+            joined = _join(found, more)
+            if joined is None:
+                break
+            found = joined
+        return split(found, samples)
+
     def rebatched(self, size: int) -> Data:
         """The same samples in batches of exactly ``size``; what is left over is not used."""
 
@@ -47,6 +62,18 @@ class Data:
 def leading(inputs: Inputs) -> int:
     """The number of samples of a batch."""
     return next((t.shape[0] for t in tensors_of(inputs).values() if t.dim()), 0)
+
+
+def _join(a: Inputs, b: Inputs) -> Inputs | None:
+    """Both batches as one; None where they differ in more than their number of samples."""
+    pairs = list(zip(tensors_of(a).values(), tensors_of(b).values(), strict=True))
+    if any(x.dim() == 0 or x.shape[1:] != y.shape[1:] for x, y in pairs):
+        return None
+    if any(len(x) != leading(a) or len(y) != leading(b) for x, y in pairs):
+        return None
+    both = [torch.cat(pair) for pair in pairs]
+    args, rest = both[: len(a.args)], both[len(a.args) :]
+    return replace(a, args=tuple(args), kwargs=dict(zip(a.kwargs, rest, strict=True)))
 
 
 def tensors_of(inputs: Inputs) -> dict[str, Tensor]:

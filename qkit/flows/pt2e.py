@@ -81,7 +81,8 @@ def convert(
     if quantizer is None and all(site.scheme is None for site in sites):
         raise _nothing(sites)
     module, sites = _quantized(module, recipe, dialect, observer, quantizer, data, progress)
-    return Converted(captured, module, tuple(sites), recipe, dict(options or {}))
+    expected = sum(site.layers for site in sites if site.scheme is not None)
+    return Converted(captured, module, tuple(sites), recipe, expected, dict(options or {}))
 
 
 def resolve(scheme: str | Scheme | Recipe, ignore: Sequence[str]) -> Recipe:

@@ -224,6 +224,10 @@ class Request:
     min_coverage: float = 0.0
     min_sqnr: float | None = None
     seed: int = 0
+    observer: str = "minmax"
+    dialect: str | None = None
+    accuracy_level: int = 0
+    dynamic: tuple[str, ...] = ()
 
 
 def resolve_request(request: Request) -> tuple[Scheme, Recipe]:

@@ -103,7 +103,7 @@ def head(
     }
 
 
-def _write(report: Report, folder: Path) -> None:
+def write_report(report: Report, folder: Path) -> None:
     """Write the report, which counts its own bytes too."""
     others = sum(path.stat().st_size for path in folder.iterdir())
     text = ""
@@ -134,7 +134,7 @@ def complete(
     report.artifact = str(out)
     if start is not None:
         fill_cost(report, start)
-    _write(report, folder)
+    write_report(report, folder)
 
 
 def check_budgets(

@@ -21,7 +21,7 @@ from torch import Tensor
 from qkit.errors import InputError, QkitError, RequestError, UsageError, VerificationError
 from qkit.flows.check import expected
 from qkit.report import compare, package_version
-from qkit.targets import COMPRESSED, QUANTO
+from qkit.targets import COMPRESSED, LOWERED, QUANTO
 from qkit.targets.artifact import PROGRAM, Artifact, check_files, read_artifact
 from qkit.targets.weights import read_tensors
 
@@ -32,6 +32,8 @@ BOUNDS = {
     torch.bfloat16: 2.0**-4,
 }
 
+# The files of runtimes that are verified by themselves, and their targets.
+SUFFIXES = {".onnx": "onnx"}
 
 # What went wrong in the fresh process because of how it was asked, not because of the artifact.
 _REQUESTS: dict[int, type[QkitError]] = {
@@ -45,12 +47,16 @@ def verify(
     model: str | None = None,
     source: str | Path | None = None,
     trust_pickle: bool = False,
+    dialect: str | None = None,
 ) -> dict[str, Any]:
     """Check the files of the artifact ``path``, then run it in a fresh process.
 
     The architecture comes from ``model`` (``package.module:factory``), from ``source`` (the model
     file that was quantized), or from the artifact itself; the ``torch.export`` program, if there
     is one, is run as well. Where neither is possible, each quantized layer is run by itself.
+    An artifact of another target is run by that target's runtime. ``path`` may also be an .onnx
+    file, which is loaded and run on made-up inputs, or, with the ``dialect`` "tensorrt", held
+    against the rules of TensorRT's explicit quantization.
 
     Returns ``status`` "verified", ``level`` (model or layers), ``runtime``, ``fresh_process``,
     ``bit_identical``, ``max_rel_error`` and a list of ``checks``; for each way in which the whole
@@ -59,6 +65,12 @@ def verify(
     :class:`~qkit.errors.VerificationError` if an output differs,
     :class:`~qkit.errors.InputError` if a file is missing or damaged.
     """
+    if Path(path).suffix in SUFFIXES:
+        from qkit.flows.runtime import verify_file
+
+        return verify_file(Path(path), SUFFIXES[Path(path).suffix], dialect=dialect)
+    if dialect is not None:
+        raise UsageError("a dialect is that of an .onnx file", got=str(path))
     artifact = read_artifact(path)
     if artifact.meta.get("target") in (COMPRESSED, QUANTO):
         raise RequestError(
@@ -67,10 +79,14 @@ def verify(
             fix="it was verified when it was written; qkit.load reads it",
         )
     check_files(artifact)
+    if (target := artifact.meta.get("target")) in LOWERED:
+        from qkit.flows.runtime import verify_lowered
+
+        return verify_lowered(artifact, target)
     _ = artifact.layers, artifact.aliases, artifact.buffers  # also what no way below reads
     reference = expected(artifact)
     ways = _ways(artifact, reference, bool(model or source))
-    outputs, facts = _fresh_process(_job(artifact, ways, model, source, trust_pickle), artifact)
+    outputs, facts = fresh_process(_job(artifact, ways, model, source, trust_pickle), artifact)
     runtime = f"torch {torch.__version__}, eager"
     return _result(ways, reference, outputs, artifact, runtime) | facts
 
@@ -90,7 +106,7 @@ def verify_runtime(
     distribution. Takes the architecture, returns and raises as :func:`verify` does.
     """
     job = _job(artifact, [way], model, source, trust_pickle)
-    outputs, facts = _fresh_process(job, artifact)
+    outputs, facts = fresh_process(job, artifact)
     runtime = f"{package} {package_version(package)}, torch {torch.__version__}"
     return _result([way], expected(artifact), outputs, artifact, runtime) | facts
 
@@ -148,9 +164,13 @@ def _ways(artifact: Artifact, reference: dict[str, Tensor], architecture: bool) 
     return ways
 
 
-def _fresh_process(
+def fresh_process(
     job: dict[str, Any], artifact: Artifact
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Do ``job`` (:mod:`qkit.flows.worker`) in a new process; return its outputs and facts.
+
+    Raises :class:`~qkit.errors.VerificationError` if the artifact cannot be run there.
+    """
     with tempfile.TemporaryDirectory(prefix="qkit-verify-") as folder:
         job_path, out = Path(folder, "job.json"), Path(folder, "out")
         job_path.write_text(json.dumps(job | {"out": str(out)}), encoding="utf-8")

@@ -9,6 +9,7 @@ loads, runs the stored inputs, and writes what came out; the parent compares. A 
 ``model``     package.module:factory or null        ``source``  a model file for the architecture
 ``trust_pickle``  for ``source``                    ``threads`` as in the parent
 ``out``       where to write the outputs
+``runtime``   instead, a target of the PT2E flow (:func:`qkit.flows.runtime.work`), and ``rival``
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from qkit.errors import InputError, QkitError
 from qkit.flows.check import inputs_of, layer_outputs
+from qkit.flows.runtime import work
 from qkit.models import load as load_model
 from qkit.models import resolve_factory, run
 from qkit.models.checkpoint import Checkpoint, open_folder
@@ -53,6 +55,9 @@ def main(job_path: str) -> int:
 def _do(job: dict[str, Any]) -> None:
     torch.set_num_threads(job["threads"])
     artifact = read_artifact(job["artifact"])
+    if job.get("runtime"):
+        work(job, artifact)
+        return
     outputs: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
     for way in job["ways"]:

@@ -70,7 +70,11 @@ class RecipeQuantizer(Quantizer):
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         """Annotate ``model`` in place."""
         self.sites = find_sites(model, self.recipe, self.dialect)
-        layers = {site.node: site for site in self.sites if site.scheme is not None}
+        layers = {
+            site.node: site
+            for site in self.sites
+            if site.scheme is not None and site.kind != "LSTM"  # of which targets make their own
+        }
         integer = self._integer(model, layers)
         rounded = self._rounded(model, integer, layers)
         acts = self._spec(self.dialect.input_spec("static"))

@@ -102,8 +102,8 @@ def capture(
     """Capture ``model``, called with ``args`` and ``kwargs``, in eval mode.
 
     Of every tensor as long as the first one, dimension 0 is the batch, which may be any size from
-    1 on. ``dims`` names further dimensions that vary (or the batch, where that is not right); equal
-    names are equal sizes. Where the model allows no other batch than the example's, the program is
+    1 on. ``dims`` names further dimensions that vary (or another one ``batch``); equal names are
+    equal sizes. Where the model allows no other batch than the example's, the program is
     of that batch, and a note says so; what ``dims`` asks for must succeed.
 
     Raises :class:`~qkit.errors.InputError`, with the line of the user's code, where the model
@@ -117,7 +117,7 @@ def capture(
     named = _named(model, args, kwargs)
     asked = _check_dims(dims, named)
     wide_args, wide_kwargs = _widen(args, kwargs, named)
-    attempts = [(wide_args, wide_kwargs, _shapes(model, wide_args, wide_kwargs, asked, batch=True))]
+    attempts = [(wide_args, wide_kwargs, _shapes(model, wide_args, wide_kwargs, asked))]
     if not asked:
         attempts.append((args, kwargs, None))
     errors = []
@@ -233,8 +233,6 @@ def _shapes(
     args: tuple[Tensor, ...],
     kwargs: dict[str, Tensor],
     asked: dict[str, dict[int, str]],
-    *,
-    batch: bool,
 ) -> Any:
     """``dynamic_shapes`` of torch.export: for positional arguments a tuple, else by name."""
     named = _named(model, args, kwargs)
@@ -247,7 +245,8 @@ def _shapes(
     found: dict[str, Any] = {}
     for name, tensor in named.items():
         of = asked.get(name, {})
-        if batch and tensor.dim() and tensor.shape[0] == size and 0 not in of:
+        placed = 0 in of or BATCH in of.values()
+        if tensor.dim() and tensor.shape[0] == size and not placed:
             of = {0: BATCH} | of
         found[name] = {index: dim(each) for index, each in of.items()} or None
     if not kwargs:

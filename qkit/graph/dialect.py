@@ -48,7 +48,7 @@ class Dialect:
 _MOVES = frozenset({"MaxPool2d", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice",
                     "Dropout", "ReLU", "Hardtanh"})  # fmt: skip
 _LAYERS = frozenset({"Conv1d", "Conv2d", "Linear"})
-_ALL = _LAYERS | _MOVES | {"Add", "Concat", "AvgPool2d", "AdaptiveAvgPool2d"}
+_ALL = _LAYERS | _MOVES | {"Add", "Concat", "AvgPool2d", "AdaptiveAvgPool2d", "Mean"}
 _LINEAR = frozenset({"Linear"})
 
 UINT8, INT8, NARROW = Int(8, signed=False), Int(8), Int(8, narrow=True)
@@ -57,7 +57,7 @@ DIALECTS = {
     dialect.name: dialect
     for dialect in (
         # ONNX Runtime fuses dequantize, operator, quantize; on x86 its kernels take uint8.
-        Dialect("onnx", UINT8, True, True, _ALL, _LINEAR),
+        Dialect("onnx", UINT8, True, True, _ALL | {"LSTM"}, _LINEAR | {"LSTM"}),
         # TensorRT's explicit quantization has no zero points, and its biases are floats.
         Dialect("tensorrt", NARROW, False, False, _LAYERS | _MOVES | {"Add"}, frozenset()),
         # oneDNN, through Inductor's fusions, which look for uint8 inputs.

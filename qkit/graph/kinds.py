@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
@@ -10,6 +10,7 @@ from torch import Tensor, fx
 #       ``binary``    of two activations, which have parameters of their own
 #       ``alike``     of several activations that share their parameters with the output (cat)
 #       ``same``      moves values or picks among them: the output has the input's parameters
+#       ``recurrent`` multiplies by weights at each step of a sequence
 #       ``own``       computes new values: the output has parameters of its own
 #       ``tail``      is computed for nothing by the operator before it (relu)
 
@@ -26,6 +27,7 @@ _KINDS = {
     "conv2d": Kind("Conv2d", "weighted"),
     "conv3d": Kind("Conv3d", "weighted"),
     "linear": Kind("Linear", "weighted"),
+    "lstm": Kind("LSTM", "recurrent"),
     "add": Kind("Add", "binary"),
     "add_": Kind("Add", "binary"),
     "mul": Kind("Mul", "binary"),
@@ -43,6 +45,7 @@ _KINDS = {
     "dropout": Kind("Dropout", "same"),
     "avg_pool2d": Kind("AvgPool2d", "own"),
     "adaptive_avg_pool2d": Kind("AdaptiveAvgPool2d", "own"),
+    "mean": Kind("Mean", "own"),
     "relu": Kind("ReLU", "tail"),
     "relu_": Kind("ReLU", "tail"),
     "relu6": Kind("Hardtanh", "tail"),
@@ -60,14 +63,30 @@ def kind_of(node: object) -> Kind | None:
     if schema is None or not schema.name.startswith("aten::"):
         return None
     kind = _KINDS.get(schema.name.removeprefix("aten::"))
-    if kind is not None and kind.role == "binary" and not _plain(node):
+    if kind is None or (kind.role == "binary" and not _plain(node)):
         return None
-    return kind
+    return None if kind.name == "Mean" and not is_image_mean(node) else kind
 
 
 def _plain(node: fx.Node) -> bool:
     """Whether a binary operator has two computed float tensors, and no factor between them."""
     return not node.kwargs and len(node.args) == 2 and len(activations(node)) == 2
+
+
+def is_image_mean(node: fx.Node) -> bool:
+    """Whether ``node`` is the mean of each channel of a batch of images: ``[N, C, H, W]`` over
+    H and W, by ``mean`` or by a pool of one output."""
+    schema, value = getattr(node.target, "_schema", None), node.meta.get("val")
+    if schema is None or not isinstance(value, Tensor):
+        return False
+    args: Any = node.args
+    if schema.name == "aten::adaptive_avg_pool2d":
+        return value.dim() == 4 and set(args[1]) == {1}
+    if schema.name != "aten::mean" or len(args) < 2 or node.kwargs:
+        return False
+    # The value's own dimensions tell those of the input, which may be a node without a value.
+    size = value.dim() if len(args) > 2 and args[2] else value.dim() + 2
+    return size == 4 and isinstance(args[1], list | tuple) and {d % 4 for d in args[1]} == {2, 3}
 
 
 def activations(node: fx.Node) -> list[fx.Node]:
@@ -93,11 +112,28 @@ def owner_of(node: fx.Node) -> tuple[str, str]:
 
 
 def weight_of(node: fx.Node) -> tuple[fx.Node, str] | None:
-    """The node of the weight of a weighted operator, and the name of the module that owns it."""
-    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    """The node of the (first) weight of an operator that has one, and the name of its owner."""
+    kind = kind_of(node)
+    if kind is not None and kind.role == "recurrent":
+        weights: Any = node.args[2] if len(node.args) == 9 else None
+        weight = weights[0] if isinstance(weights, list | tuple) else None  # else packed sequences
+    else:
+        weight = _second(node)
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return None
     return weight, str(weight.target).rpartition(".")[0]
+
+
+def _second(node: fx.Node) -> Any:
+    return node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+
+
+def attribute(module: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The tensor behind a ``get_attr`` node of ``module``."""
+    owner, _, leaf = str(node.target).rpartition(".")
+    value = getattr(module.get_submodule(owner), leaf)
+    assert isinstance(value, Tensor)
+    return value.detach()
 
 
 def bias_of(node: fx.Node) -> fx.Node | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -14,13 +15,16 @@ from qkit.spec import Int, PerChannel, PerTensor, Recipe, Scheme
 @dataclass(frozen=True)
 class Site:
     """One operator with a weight: the ``node`` that calls it, the module ``owner`` of its weight,
-    its ``kind``, and the scheme it gets, or the reason why it is left."""
+    its ``kind``, the full name of the ``weight`` (None: it is computed), the scheme it gets, or the
+    reason why it is left, and how many ``layers`` it computes (an LSTM may have several)."""
 
     node: fx.Node
     owner: str
     kind: str
+    weight: str | None
     scheme: Scheme | None
     reason: str | None = None
+    layers: int = 1
 
     @property
     def static(self) -> bool:
@@ -40,7 +44,7 @@ def rule_scheme(node: fx.Node, kind: Kind, recipe: Recipe) -> tuple[Scheme | Non
     the module that owns its weight.
     """
     name, module = owner_of(node)
-    weight = weight_of(node) if kind.role == "weighted" else None
+    weight = weight_of(node) if kind.role in ("weighted", "recurrent") else None
     names = [(name, module), (name, kind.name)]
     if weight is not None and weight[1] != name:
         names.append((weight[1], kind.name))
@@ -55,7 +59,7 @@ def find_sites(module: fx.GraphModule, recipe: Recipe, dialect: Dialect) -> list
     sites = []
     for node in module.graph.nodes:
         kind = kind_of(node)
-        if kind is None or kind.role != "weighted":
+        if kind is None or kind.role not in ("weighted", "recurrent"):
             continue
         weight = weight_of(node)
         owner = weight[1] if weight else owner_of(node)[0]
@@ -63,7 +67,10 @@ def find_sites(module: fx.GraphModule, recipe: Recipe, dialect: Dialect) -> list
         if scheme is not None:
             reason = "its weight is computed" if weight is None else ""
             reason = reason or _obstacle(node, kind, scheme, dialect) or ""
-        sites.append(Site(node, owner, kind.name, None if reason else scheme, reason or None))
+        name = str(weight[0].target) if weight else None
+        given = None if reason else scheme
+        layers = int(str(node.args[4])) if kind.role == "recurrent" and weight else 1
+        sites.append(Site(node, owner, kind.name, name, given, reason or None, layers))
     return sites
 
 
@@ -78,6 +85,19 @@ def _obstacle(node: fx.Node, kind: Kind, scheme: Scheme, dialect: Dialect) -> st
         return f"{dialect.name} has no integer {kind.name}"
     if when(scheme) == "dynamic" and kind.name not in dialect.dynamic:
         return f"{dialect.name} has no {kind.name} with ranges taken at each call: use int8-static"
+    if kind.role == "recurrent":
+        return _lstm_obstacle(node, scheme)
     if not is_float(node):
         return "it does not compute floats"
+    return None
+
+
+def _lstm_obstacle(node: fx.Node, scheme: Scheme) -> str | None:
+    if when(scheme) != "dynamic":
+        return "an LSTM has kernels for ranges taken at each step only: use int8-dynamic"
+    state: Any = node.args[1]
+    weights: Any = node.args[2]
+    names = [str(getattr(each, "target", "")) for each in weights]
+    if len(state) != 2 or any("weight_hr" in name for name in names):
+        return "there is no kernel for an LSTM with projections"
     return None

@@ -83,7 +83,8 @@ class QSpec:
         rest = f"{self.granularity}, {self.scale} scale"
         if isinstance(fmt, Int):
             form = "symmetric" if self.symmetric else "affine"
-            extra = "" if self.symmetric else " and int8 zero point"
+            point = Int(8, fmt.signed)
+            extra = "" if self.symmetric else f" and {point} zero point"
             return f"{fmt} {form} ({fmt.qmin}..{fmt.qmax}), {rest}{extra}"
         if isinstance(fmt, Float):
             return f"{fmt} (-{fmt.max:g}..{fmt.max:g}), {rest}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qkit.errors import MissingExtraError, RequestError, UsageError, nearest
+from qkit.errors import MissingExtraError, RequestError, UsageError
 from qkit.spec import Int, Scheme
 
 
@@ -28,6 +28,18 @@ def _torch_expresses(scheme: Scheme) -> bool:
     return isinstance(scheme.weight.format, Int) or scheme.input is None
 
 
+def _onnx_expresses(scheme: Scheme) -> bool:
+    """int8 weights per channel or tensor with int8 activations, or weights alone in the blocks of
+    MatMulNBits."""
+    weight, acts = scheme.weight, scheme.input
+    if not isinstance(weight.format, Int) or scheme.output is not None:
+        return False
+    if acts is None:
+        return weight.format.bits in (4, 8) and weight.group_size in (16, 32, 64, 128, 256)
+    bits = weight.format.bits, acts.format.bits
+    return bits == (8, 8) and weight.symmetric and weight.group_size == 0
+
+
 TARGETS = {
     "torch": TargetInfo(
         "torch",
@@ -36,7 +48,16 @@ TARGETS = {
         "safetensors + JSON (+ a torch.export program), loaded with qkit.load",
         _torch_expresses,
     ),
+    "onnx": TargetInfo(
+        "onnx",
+        "qkit.targets.onnx",
+        "onnx",
+        "model.onnx with integer weights, run by ONNX Runtime",
+        _onnx_expresses,
+    ),
 }
+# The targets that the PT2E flow writes (qkit.targets.backend).
+LOWERED = tuple(name for name in TARGETS if name != "torch")
 
 
 COMPRESSED, GGUF, QUANTO = "compressed-tensors", "gguf", "quanto"
@@ -112,7 +133,14 @@ def check(name: str, scheme: Scheme) -> None:
     """
     if name not in TARGETS:
         raise UsageError(
-            "unknown target", got=repr(name), wanted=nearest(name, TARGETS), fix="see: qkit targets"
+            "unknown target", got=repr(name), wanted=", ".join(TARGETS), fix="see: qkit targets"
+        )
+    if name in LOWERED and not TARGETS[name].expresses(scheme):
+        raise RequestError(
+            f"the target {name!r} has no kernels for this scheme",
+            got=scheme.name,
+            wanted="int8-static, int8-dynamic, or weights of 4 or 8 bits in groups of 16 to 256",
+            fix="--scheme int8-static, int8-dynamic or w4a16-g32, or --target torch",
         )
     if not TARGETS[name].expresses(scheme):
         lacks, fix = _obstacle(scheme)

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkit.errors import InputError
+from qkit.errors import InputError, RequestError
 from qkit.spec import FP32, Int, PerChannel, PerGroup, PerTensor, PerToken, QSpec
 from qkit.spec.plain import show, take
-from qkit.targets import COMPRESSED
+from qkit.targets import COMPRESSED, LOWERED
 from qkit.targets.journal import JOURNAL
 
 FORMAT_VERSION = 1
@@ -70,6 +70,7 @@ class Artifact:
     @property
     def layers(self) -> dict[str, LayerFacts]:
         """The quantized layers by name."""
+        self._check_ours()
         with self._reading("layers"):
             return {name: _layer(facts) for name, facts in _items(self.meta.get("layers"), dict)}
 
@@ -123,6 +124,14 @@ class Artifact:
                     raise InputError("a file lies outside the artifact", got=show(name))
             return files
 
+    def _check_ours(self) -> None:
+        if (target := self.meta.get("target")) in LOWERED:
+            raise RequestError(
+                f"the artifact is for {target}, and is run by its runtime, not loaded by qkit",
+                where=str(self.path),
+                fix="qkit verify runs it; its report.json tells about its layers",
+            )
+
     @contextmanager
     def _reading(self, key: str) -> Iterator[None]:
         try:
@@ -135,6 +144,7 @@ class Artifact:
     @property
     def weights(self) -> list[Path]:
         """The files that hold the tensors: one, or the shards that the index names."""
+        self._check_ours()
         names = [name for name in self.files if name.endswith(".safetensors") and name != CHECK]
         return [self.path / name for name in sorted(names)]
 
@@ -249,7 +259,9 @@ def read_artifact(path: str | Path) -> Artifact:
 def check_files(artifact: Artifact) -> None:
     """Raise :class:`~qkit.errors.InputError` if a file is missing or is not the one written."""
     files = artifact.files
-    if unlisted := {CHECK, INDEX if INDEX in files else WEIGHTS} - files.keys():
+    lowered = artifact.meta.get("target") in LOWERED
+    weights = set() if lowered else {INDEX if INDEX in files else WEIGHTS}
+    if unlisted := ({CHECK} | weights) - files.keys():
         raise InputError(
             f"{META} is corrupt: it does not list {', '.join(sorted(unlisted))}",
             where=str(artifact.path / META),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from qkit.errors import CoverageError
 from qkit.graph import Captured, Dialect, Site
@@ -26,13 +26,15 @@ Session = Callable[[Sequence[Tensor], Mapping[str, Tensor]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Converted:
-    """What is lowered: the captured float model, the PT2E ``module`` with quantize and dequantize
-    operators, and what became of each layer. ``options`` are the target's own."""
+    """What is lowered: the captured float model, the quantized ``module`` (of PT2E, with quantize
+    and dequantize operators, or with weights that the target has operators for), and what became of
+    each layer of PT2E. ``expected`` layers should run as integers; ``options`` are the target's."""
 
     captured: Captured
     module: fx.GraphModule
     sites: tuple[Site, ...]
     recipe: Recipe
+    expected: int
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -74,20 +76,36 @@ class Backend(Protocol):
     def dialect(self, options: Mapping[str, Any]) -> Dialect:
         """How the quantized graph is written."""
 
-    def check(self, scheme: Scheme, options: Mapping[str, Any]) -> None:
-        """Refuse what cannot be done here: a missing package or compiler, a scheme, an option."""
+    def check(self, scheme: Scheme | None, options: Mapping[str, Any]) -> None:
+        """Refuse what cannot be done here: a missing package or compiler, a scheme, an option.
+
+        Without a ``scheme``, what it takes to run a file.
+        """
+
+    def specialize(self, converted: Converted) -> fx.GraphModule:
+        """The converted program with operators of the runtime; they define what it computes."""
 
     def export_float(self, captured: Captured, path: Path) -> None:
         """Write the float program to ``path``, for comparison in the same runtime."""
 
     def export(self, converted: Converted, path: Path) -> None:
-        """Write the converted program to ``path``."""
+        """Write the converted program, which is specialized, to ``path``."""
 
     def load(self, path: Path, threads: int) -> Session:
         """Load a file; :class:`~qkit.errors.InputError` if the runtime refuses it."""
 
+    def weight_only(self, qmodel: nn.Module, options: Mapping[str, Any]) -> nn.Module:
+        """A copy of a model of qkit's layers, all of weight-only schemes, as the target has them.
+
+        Each quantized layer is one call of an operator of the namespace ``qkit_NAME``.
+        """
+
     def audit(self, path: Path, converted: Converted) -> Audit:
         """Count what the runtime runs."""
+
+    def probe(self, path: Path, dialect: str | None) -> dict[str, Any]:
+        """Load a file of anybody and run it on made-up inputs: its ``kernels``; or, with a
+        ``dialect``, its ``rules`` (name -> what breaks it)."""
 
     def runtime(self) -> str:
         """Its name and version, for reports."""

@@ -120,9 +120,9 @@ def read_weights(artifact: Artifact) -> dict[str, Tensor]:
     """
     if artifact.is_compressed_tensors:
         return to_own_layout(read_tensors(artifact.path / WEIGHTS), artifact.layers)
-    if (artifact.path / INDEX).is_file() and not (artifact.path / WEIGHTS).is_file():
-        return read_folder(artifact.path, trust=False)
-    return read_tensors(artifact.path / WEIGHTS)
+    if artifact.weights == [artifact.path / WEIGHTS] or not (artifact.path / INDEX).is_file():
+        return read_tensors(artifact.path / WEIGHTS)
+    return read_folder(artifact.path, trust=False)
 
 
 def with_aliases(artifact: Artifact, tensors: Mapping[str, T]) -> dict[str, T]:

@@ -59,13 +59,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(monkeypatch):
     """The jobs that were given to fresh processes."""
     jobs = []
-    original = sys.modules[verify_flow.__module__]._fresh_process
+    original = sys.modules[verify_flow.__module__].fresh_process
 
     def spy(job, artifact):
         jobs.append(job)
         return original(job, artifact)
 
-    monkeypatch.setattr(sys.modules[verify_flow.__module__], "_fresh_process", spy)
+    monkeypatch.setattr(sys.modules[verify_flow.__module__], "fresh_process", spy)
     return jobs
 
 
@@ -159,7 +159,7 @@ def judge(monkeypatch, folder: Path, change) -> dict:
         for key, value in expected(artifact).items()
     }
     module = sys.modules[verify_flow.__module__]
-    monkeypatch.setattr(module, "_fresh_process", lambda job, artifact: (outputs, {}))
+    monkeypatch.setattr(module, "fresh_process", lambda job, artifact: (outputs, {}))
     return qkit.verify(folder / "out")
 
 

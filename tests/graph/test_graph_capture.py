@@ -36,6 +36,13 @@ def test_named_dimensions_vary_together():
     assert torch.equal(captured.module()(a=x, b=x), Pair()(x, x))
 
 
+def test_the_batch_may_be_another_dimension():
+    model = nn.LSTM(7, 5)  # [time, batch, features], and a fixed time
+    captured = capture(model, (torch.randn(4, 3, 7),), {}, dims={"input": {1: "batch"}})
+    x = torch.randn(4, 1, 7)
+    assert torch.equal(captured.module()(x)[0], model(x)[0])
+
+
 def test_without_their_names_other_dimensions_are_fixed():
     captured = capture(nn.ReLU(), (torch.randn(2, 5),), {})
     with pytest.raises(Exception, match="size"):

@@ -1,0 +1,345 @@
+"""``qkit quantize --target``: a model for a runtime behind the PT2E flow, proved by that runtime.
+
+The artifact is a folder: the runtime's file (such as ``model.onnx``), ``qkit.json``,
+``report.json``, and ``check.safetensors`` with inputs and the outputs of the converted program and
+of the float model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit.errors import RequestError, UsageError
+from qkit.flows.check import model_check
+from qkit.flows.data import Data, in_memory
+from qkit.flows.evaluate import (
+    COMPARED_SAMPLES,
+    MAX_SLOWDOWN,
+    AnyInputs,
+    eval_mode,
+    fill_cost,
+    fill_outputs,
+    new_report,
+)
+from qkit.flows.pt2e import convert, resolve
+from qkit.flows.ptq import Progress, left_row, no_progress, quantize_module, quantized_row
+from qkit.flows.quantize import AUTO
+from qkit.flows.runtime import FLOAT, judge, run_fresh
+from qkit.flows.save import check_budgets, head, write_report
+from qkit.graph import Dialect, capture
+from qkit.graph.capture import Dims
+from qkit.graph.sites import Site
+from qkit.models import Inputs, Source, run
+from qkit.nn import Entry, survey
+from qkit.numerics import choose_qparams, fake_quantize
+from qkit.report import LayerRow, Report, measure, tensor_sqnr_db
+from qkit.spec import Recipe, Scheme
+from qkit.targets import LOWERED, check
+from qkit.targets.artifact import CHECK, read_artifact, write_meta
+from qkit.targets.backend import Audit, Backend, Converted, backend
+from qkit.targets.staging import check_destination, staged
+from qkit.targets.weights import save_tensors
+
+PT2E = "pt2e"
+
+
+def lower(
+    model: nn.Module,
+    scheme: str | Scheme | Recipe,
+    path: str | Path | None,
+    *,
+    target: str = "onnx",
+    calib: Data | AnyInputs,
+    ignore: Sequence[str] = (),
+    observer: str = "minmax",
+    algorithm: str = AUTO,
+    dims: Dims | None = None,
+    options: Mapping[str, Any] | None = None,
+    source: Source | None = None,
+    overwrite: bool = False,
+    min_coverage: float = 0.0,
+    min_sqnr: float | None = None,
+    progress: Progress = no_progress,
+    told: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Quantize ``model`` for ``target`` and write the artifact ``path``; None only quantizes.
+
+    ``scheme`` is ``int8-static``, ``int8-dynamic``, or one of weights only that the target has
+    (``w4a16-g32``, by ``algorithm`` as in :func:`qkit.quantize`). ``calib`` are real inputs, in
+    batches; a dynamic scheme takes no more of them than the comparison does. ``dims`` names dynamic
+    dimensions besides the batch (:func:`qkit.graph.capture`), ``options`` are the target's.
+
+    The artifact appears once the target's runtime has loaded it in a fresh process and reproduced
+    the converted program. Raises what :func:`qkit.flows.pt2e.convert` raises, before the data are
+    read :class:`~qkit.errors.MissingExtraError` and :class:`~qkit.errors.RequestError` for what the
+    target lacks, :class:`~qkit.errors.VerificationError` if the runtime disagrees, and
+    :class:`~qkit.errors.CoverageError` if it runs no integer kernel.
+    """
+    start = time.perf_counter()
+    recipe, runtime, options = (
+        resolve(scheme, ignore),
+        backend(known_target(target)),
+        dict(options or {}),
+    )
+    main = check_request(recipe, runtime, options)
+    out = None if path is None else Path(path)
+    if out is not None:
+        check_destination(out, overwrite=overwrite)
+    _check_floats(model, target)
+    data = calib if isinstance(calib, Data) else in_memory(calib)
+    dialect = runtime.dialect(options)
+    if main.weight_only:
+        converted, rows = _weight_only(
+            model, recipe, data, runtime, algorithm, dims, options, progress
+        )
+        long = main.long_form()
+    else:
+        if algorithm not in (AUTO, "rtn"):
+            raise UsageError("int8 weights are rounded to nearest", got=f"--algorithm {algorithm}")
+        converted = convert(
+            model,
+            recipe,
+            data,
+            dialect=dialect,
+            observer=observer,
+            dims=dims,
+            options=options,
+            progress=progress,
+        )
+        converted = replace(converted, module=runtime.specialize(converted))
+        rows, long = _rows(model, converted, dialect), dialect.describe(main)
+    inputs = _compared(converted, data)
+    report = new_report(main, target, recipe, rows)
+    report.scheme_long = long
+    report.remarks += converted.captured.notes
+    fill_outputs(report, model, converted.module, inputs)
+    report.kernels = {}
+    check_budgets(report, min_coverage=min_coverage, min_sqnr=min_sqnr)
+    report.verification = {
+        "status": "not run",
+        "level": None,
+        "runtime": None,
+        "fresh_process": False,
+    }
+    float_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    report.size_bytes = {"source": float_bytes, "artifact": _bytes(converted.module)}
+    report.size_bytes["ratio"] = round(report.size_bytes["artifact"] / float_bytes, 4)
+    if out is not None:
+        told(f"writing {out} and verifying it in a fresh process")
+        _save(model, converted, runtime, inputs, out, report, source, overwrite, start)
+    fill_cost(report, start)
+    return report
+
+
+def check_request(recipe: Recipe, runtime: Backend, options: Mapping[str, Any]) -> Scheme:
+    """The main scheme of ``recipe``, refused here if the target cannot do what it says."""
+    schemes = [rule.scheme for rule in recipe.rules if rule.scheme is not None]
+    if not schemes:
+        raise UsageError("the recipe quantizes nothing: no rule has a scheme")
+    for scheme in schemes:
+        check(runtime.name, scheme)
+        runtime.check(scheme, options)
+    if len({scheme.weight_only for scheme in schemes}) > 1:
+        raise RequestError(
+            "one artifact has quantized activations or weights alone, not both",
+            got=", ".join(scheme.name for scheme in schemes),
+            wanted="int8-static and int8-dynamic layers together, or weight-only schemes",
+        )
+    return schemes[-1]
+
+
+def known_target(target: str) -> str:
+    """``target``, or :class:`~qkit.errors.UsageError` if it is none of the PT2E flow."""
+    if target not in LOWERED:
+        raise UsageError("not a target of the PT2E flow", got=target, wanted=", ".join(LOWERED))
+    return target
+
+
+def _check_floats(model: nn.Module, target: str) -> None:
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if kinds:
+        raise RequestError(
+            f"the target {target!r} takes fp32 models",
+            got=", ".join(sorted(str(kind)[6:] for kind in kinds)),
+            fix="save model.float() and quantize that",
+        )
+
+
+def _weight_only(
+    model: nn.Module,
+    recipe: Recipe,
+    data: Data,
+    runtime: Backend,
+    algorithm: str,
+    dims: Dims | None,
+    options: dict[str, Any],
+    progress: Progress,
+) -> tuple[Converted, list[LayerRow]]:
+    """qkit's own layers, as :func:`qkit.quantize` makes them, in the target's form."""
+    if algorithm not in (AUTO, *(rule.algorithm for rule in recipe.rules)):
+        rules = tuple((r.match, r.scheme) for r in recipe.rules)
+        recipe = Recipe(tuple(type(recipe.rules[0])(m, s, algorithm) for m, s in rules))
+
+    def obstacle(entry: Entry, scheme: Scheme) -> str | None:
+        if type(entry.module) is not nn.Linear:
+            return f"{runtime.name} has weights without activations for nn.Linear only"
+        return None
+
+    example = data.first()
+    qmodel, rows = quantize_module(
+        model, recipe, calib=data.head(COMPARED_SAMPLES), progress=progress, obstacle=obstacle
+    )
+    with eval_mode(model, qmodel):
+        captured = capture(model, example.args, example.kwargs, dims=dims)
+        lowered = runtime.weight_only(qmodel, options)
+        module = capture(lowered, example.args, example.kwargs, dims=dims).module()
+    space = f"qkit_{runtime.name}::"
+    names = [getattr(getattr(n.target, "_schema", None), "name", "") for n in module.graph.nodes]
+    expected = sum(name.startswith(space) for name in names)
+    return Converted(captured, module, (), recipe, expected, options), rows
+
+
+def _rows(model: nn.Module, converted: Converted, dialect: Dialect) -> list[LayerRow]:
+    """One row for each module with parameters, by what became of its weight."""
+    sites: dict[str, Site] = {}
+    for site in converted.sites:
+        if site.weight is not None:
+            sites.setdefault(site.owner, site)
+    rows = []
+    for entry in survey(model):
+        found = sites.get(entry.tied_to or entry.name)
+        if found is None:
+            reason = f"{dialect.name} computes {entry.kind} in float"
+            if "BatchNorm" in entry.kind:
+                reason = "folded into the convolution before it, or computed in float"
+            rows.append(left_row(entry, reason))
+        elif found.scheme is None:
+            rows.append(left_row(entry, found.reason))
+        else:
+            rows.append(_row(model, entry, found, found.scheme))
+    return rows
+
+
+def _row(model: nn.Module, entry: Entry, site: Site, scheme: Scheme) -> LayerRow:
+    """The row of a module with quantized weights: one, or the matrices of an LSTM."""
+    spec, named = scheme.weight, dict(model.named_parameters(remove_duplicate=False))
+    matrices = [named[site.weight]] if site.weight in named else []
+    if site.kind == "LSTM" and type(entry.module) is nn.LSTM:
+        matrices = [p for p in entry.module.parameters(recurse=False) if p.dim() == 2]
+    floats, rounded, scales = [], [], 0
+    for matrix in matrices:
+        w = matrix.detach()
+        qparams = choose_qparams(w, spec)
+        floats.append(w.flatten())
+        rounded.append(fake_quantize(w, qparams, spec).flatten())
+        scales += qparams.scale.numel()
+    count = sum(map(len, floats))
+    bits = spec.format.bits + (32 * scales / count if count else 0)
+    sqnr = tensor_sqnr_db(torch.cat(floats), torch.cat(rounded)) if count else None
+    note = None if site.kind == entry.kind else f"its {site.kind}"
+    return quantized_row(entry, scheme.name, PT2E, bits, sqnr, note)
+
+
+def _compared(converted: Converted, data: Data) -> Inputs:
+    """What both models are compared and timed on: the batch of the program, if that is fixed."""
+    if converted.captured.shapes is None:
+        return data.first()
+    return data.head(COMPARED_SAMPLES)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in module.state_dict().values())
+
+
+def _save(
+    model: nn.Module,
+    converted: Converted,
+    runtime: Backend,
+    inputs: Inputs,
+    out: Path,
+    report: Report,
+    source: Source | None,
+    overwrite: bool,
+    start: float,
+) -> None:
+    with staged(out, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as other:
+        rival, file = Path(other, runtime.file), folder / runtime.file
+        runtime.export_float(converted.captured, rival)
+        runtime.export(converted, file)
+        with eval_mode(model):
+            tensors = model_check(converted.module, inputs)
+            floats = run(model, inputs)
+        tensors |= {f"{FLOAT}.{i}": t for i, t in enumerate(floats)}
+        save_tensors({name: t.contiguous() for name, t in tensors.items()}, folder / CHECK)
+        options = {name: value for name, value in converted.options.items() if value is not None}
+        meta = head(report, source, None, target=runtime.name) | {"options": options}
+        artifact = write_meta(folder, meta)
+        outputs, facts = run_fresh(artifact, runtime.name, rival=rival)
+        wanted: list[Tensor] = [tensors[f"module.{i}"] for i in range(len(floats))]
+        report.verification = judge(str(out), runtime, wanted, floats, outputs)
+        found = runtime.audit(file, converted)
+        found.require(str(out))
+        _fill(report, found, facts["latency_ms"], runtime, model, inputs)
+        size = report.size_bytes
+        size |= {"artifact": file.stat().st_size, FLOAT: rival.stat().st_size}
+        if source is not None:
+            size["source"] = sum(facts["bytes"] for facts in source.files.values())
+            report.source = {
+                "path": Path(source.path).name,
+                "kind": source.kind,
+                "files": source.files,
+            }
+        size["ratio"] = round(size["artifact"] / size["source"], 4)
+        report.artifact = str(out)
+        fill_cost(report, start)
+        write_report(report, folder)
+    read_artifact(out)
+
+
+def _fill(
+    report: Report,
+    found: Audit,
+    latency: dict[str, Any],
+    runtime: Backend,
+    model: nn.Module,
+    inputs: Inputs,
+) -> None:
+    """Kernels and latency, and what a reader should know about them."""
+    report.kernels = found.integer
+    with eval_mode(model):
+        eager = measure({"eager": lambda: run(model, inputs)}, seconds=0.5)["eager"]
+    speedup = round(latency["float"]["median"] / latency["quantized"]["median"], 3)
+    report.latency_ms = latency | {
+        "eager": eager.to_json(),
+        "speedup": speedup,
+        "threads": torch.get_num_threads(),
+        "runtime": runtime.runtime(),
+    }
+    report.remarks += found.remarks
+    if found.ran < found.expected:
+        floats = ", ".join(f"{name} x{n}" for name, n in found.floating.items())
+        report.remarks.append(
+            f"{found.ran} of {found.expected} quantized layers run as integers; in float: {floats}"
+        )
+    if found.left:
+        report.remarks.append(f"{found.left} conversions to float are left between kernels")
+    if speedup <= MAX_SLOWDOWN:
+        report.remarks.append(_why_slow(found, speedup, runtime))
+
+
+def _why_slow(found: Audit, speedup: float, runtime: Backend) -> str:
+    text = f"not faster: {speedup:.2f}x the float model's speed in {runtime.runtime()}"
+    if found.ran < found.expected or found.left:
+        return text + ", because not all layers run as integers without conversions between them"
+    return text + (
+        ", although every quantized layer runs as integers: with so little work in each, rounding "
+        "the activations costs more than the kernels save"
+    )

@@ -1,0 +1,103 @@
+"""``qkit quantize --target``: what the options of a run say, for :func:`qkit.flows.lower.lower`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qkit.errors import UsageError
+from qkit.flows.data import Data, open_data
+from qkit.flows.lower import check_request, known_target, lower
+from qkit.flows.pt2e import resolve
+from qkit.flows.ptq import Progress, no_progress
+from qkit.flows.quantize import Request, default_output, request_inputs
+from qkit.graph.sites import when
+from qkit.models import Inputs, Loaded
+from qkit.models import load as load_model
+from qkit.report import Report
+from qkit.targets.backend import backend
+from qkit.targets.staging import check_destination
+
+
+def lower_file(
+    request: Request,
+    *,
+    progress: Progress = no_progress,
+    told: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """:func:`lower` of the model in a file; raises what :func:`qkit.models.load` raises too."""
+    recipe, options = resolve(request.scheme, request.ignore), _options(request)
+    runtime = backend(known_target(request.target))
+    main = check_request(recipe, runtime, options)
+    out = Path(request.output or f"{default_output(request.path, main.name)}-{request.target}")
+    check_destination(out, overwrite=request.overwrite)
+    if when(main) == "static" and not request.calib:
+        raise UsageError(
+            "static ranges of activations are learnt from data",
+            fix="--calib FILE.npz with real inputs, or --scheme int8-dynamic",
+        )
+    loaded = load_model(request.path, factory=request.model, trust_pickle=request.trust_pickle)
+    told(f"loaded {request.path}: {loaded.source.kind}")
+    if loaded.model is None:
+        raise UsageError(
+            "a bare state dict cannot be captured as a graph",
+            where=request.path,
+            fix="--model package.module:factory names the architecture",
+        )
+    report = lower(
+        loaded.model,
+        recipe,
+        None if request.dry_run else out,
+        target=request.target,
+        calib=_data(request, loaded),
+        observer=request.observer,
+        algorithm=request.algorithm,
+        dims=parse_dims(request.dynamic),
+        options=options,
+        source=loaded.source,
+        overwrite=request.overwrite,
+        min_coverage=request.min_coverage,
+        min_sqnr=request.min_sqnr,
+        progress=progress,
+        told=told,
+    )
+    report.remarks += loaded.source.notes
+    if request.dry_run:
+        report.remarks.append("dry run: nothing was written")
+    return report
+
+
+def parse_dims(texts: Sequence[str]) -> dict[str, dict[int, str]]:
+    """``input.1=length`` -> ``{"input": {1: "length"}}``."""
+    dims: dict[str, dict[int, str]] = {}
+    for text in texts:
+        match = re.fullmatch(r"(\w+)\.(\d+)=([A-Za-z_]\w*)", text)
+        if match is None:
+            raise UsageError(
+                "not a dynamic dimension", got=repr(text), wanted="INPUT.DIMENSION=NAME"
+            )
+        dims.setdefault(match[1], {})[int(match[2])] = match[3]
+    return dims
+
+
+def _options(request: Request) -> dict[str, Any]:
+    for option, value, default in (
+        ("--format", request.format, "qkit"),
+        ("--group-size", request.group_size, None),
+    ):
+        if value != default:
+            raise UsageError(f"{option} is for --target torch", got=f"{option} {value}")
+    return {"dialect": request.dialect, "accuracy_level": request.accuracy_level}
+
+
+def _data(request: Request, loaded: Loaded) -> Data | Inputs:
+    if request.calib and not request.input:
+        return open_data(request.calib, loaded.model)
+    inputs = request_inputs(request, loaded)
+    if inputs is None:
+        raise UsageError(
+            "no inputs are known to capture the model with", fix="--input SHAPE or --calib FILE.npz"
+        )
+    return inputs
