@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qkit import ops
 from qkit.errors import InputError, UsageError
 from qkit.models import Inputs, run, split
+from qkit.nn.recurrent import OpenRecurrent
 from qkit.report import (
     LayerRow,
     Report,
@@ -186,7 +187,7 @@ def fill_latency(
         "runtime": "torch eager",
     }
     if speedup <= MAX_SLOWDOWN:
-        report.remarks.append(_why_slow(report, speedup, model))
+        report.remarks.append(_why_slow(report, speedup, model) + _steps(qmodel))
 
 
 def _why_slow(report: Report, speedup: float, model: nn.Module) -> str:
@@ -213,6 +214,12 @@ def _why_slow(report: Report, speedup: float, model: nn.Module) -> str:
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         text += f", because {report.scheme} is computed here no faster than {str(dtype)[6:]}"
     return text
+
+
+def _steps(qmodel: nn.Module) -> str:
+    """What recurrent modules add to that: torch's own do not come back to Python at every step."""
+    kinds = {m.opened_from for m in qmodel.modules() if isinstance(m, OpenRecurrent)}
+    return f"; an opened {' or '.join(sorted(kinds))} takes its steps in Python" if kinds else ""
 
 
 def fill_cost(report: Report, start: float) -> None:

@@ -276,7 +276,11 @@ def quantize_file(
     told(scheme.long_form())
     loaded = load_model(request.path, factory=request.model, trust_pickle=request.trust_pickle)
     told(f"loaded {request.path}: {loaded.source.kind}")
-    model = loaded.model if loaded.model is not None else _as_tree(loaded)
+    model = (
+        loaded.model
+        if loaded.model is not None
+        else _as_tree(loaded, opened=request.format == "qkit")
+    )
     data = request_inputs(request, loaded)
     inputs = few(data)
     if request.format == COMPRESSED:
@@ -358,10 +362,10 @@ def _check_transformers(request: Request, loaded: Loaded, inputs: Inputs | None)
         )
 
 
-def _as_tree(loaded: Loaded) -> nn.Module:
+def _as_tree(loaded: Loaded, *, opened: bool) -> nn.Module:
     if not loaded.state_dict:
         raise InputError("the file holds no tensors", where=loaded.source.path)
-    return tree(loaded.state_dict, loaded.layer_kinds)
+    return tree(loaded.state_dict, loaded.layer_kinds, opened=opened)
 
 
 def request_inputs(request: Request, loaded: Loaded) -> Inputs | None:

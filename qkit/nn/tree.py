@@ -46,18 +46,23 @@ class Tensors(nn.Module):
         return self
 
 
-def tree(state_dict: Mapping[str, Tensor], kinds: Mapping[str, str] | None = None) -> nn.Module:
+def tree(
+    state_dict: Mapping[str, Tensor],
+    kinds: Mapping[str, str] | None = None,
+    *,
+    opened: bool = True,
+) -> nn.Module:
     """Modules that hold the tensors of ``state_dict`` under the same names.
 
-    What looks like a recurrent or attention module is opened, and its tensors have the names that
-    they have then (:func:`qkit.nn.names.opened_state`). ``kinds`` maps module names to class names
-    where they are known. The result cannot be called.
+    What looks like a recurrent or attention module is ``opened``, and its tensors have the names
+    that they have then (:func:`qkit.nn.names.opened_state`). ``kinds`` maps module names to class
+    names where they are known. The result cannot be called.
     """
     for key in state_dict:
         if "" in key.split("."):
             raise InputError("a tensor's name has an empty part", where=repr(key))
-    moved, found = opened_state(state_dict, kinds or {})
-    kinds = dict(kinds or {}) | dict.fromkeys(_layers(moved.values()), "Linear")
+    moved, found = opened_state(state_dict, kinds or {}) if opened else ({}, {})
+    kinds = dict(kinds or {}) | dict.fromkeys(_layers(moved.values(), found), "Linear")
     own: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in _parameters(state_dict).items():
         prefix, _, leaf = moved.get(key, key).rpartition(".")
@@ -83,9 +88,12 @@ def tree(state_dict: Mapping[str, Tensor], kinds: Mapping[str, str] | None = Non
     return root
 
 
-def _layers(names: Iterable[str]) -> Iterator[str]:
-    """The modules that own the tensors ``names``."""
-    return (name.rpartition(".")[0] for name in names)
+def _layers(moved: Iterable[str], found: Mapping[str, str]) -> Iterator[str]:
+    """The layers inside the modules ``found``: the owners of what ``moved``, and ``out_proj``."""
+    yield from (name.rpartition(".")[0] for name in moved)
+    for name, kind in found.items():
+        if kind == "MultiheadAttention":
+            yield f"{name}.out_proj" if name else "out_proj"
 
 
 def _parameters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import opened_models
 import pytest
 import torch
 from command import qkit as command
+from gguf import GGUFReader
 from opened_models import MODELS, Tagger, Weightless
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,6 +21,8 @@ import qkit
 from qkit.errors import InputError
 from qkit.flows import Request, quantize_file, stream_file
 from qkit.nn import Opened, QConv2d, QLayer, QLinear, survey
+from qkit.spec import parse
+from qkit.targets import compressed_tensors, gguf
 from qkit.targets.artifact import WEIGHTS, read_artifact, write_meta
 
 
@@ -218,6 +221,44 @@ def test_inspect_tells_what_would_be_opened():
     node = next(child for child in qkit.inspect(Tagger()).children if child.name == "lstm")
     assert node.note == "opened into layers when it is quantized"
     assert node.parameters == sum(p.numel() for p in Tagger().lstm.parameters())
+
+
+def test_the_report_says_why_a_small_recurrent_module_is_not_faster(monkeypatch):
+    monkeypatch.setattr("qkit.flows.evaluate.MAX_SLOWDOWN", 1e9)  # whatever this machine measures
+    model, x = Tagger().eval(), torch.randint(0, 31, (2, 4))
+    _, report = qkit.quantize(model, "w8a16", inputs=x)
+    assert any("an opened LSTM takes its steps in Python" in remark for remark in report.remarks)
+    _, report = qkit.quantize(model, "w8a16", inputs=x, ignore=["LSTM"])
+    assert not any("steps in Python" in remark for remark in report.remarks)
+
+
+# Formats of other tools
+
+
+def test_formats_of_other_tools_have_no_opened_modules():
+    scheme = parse("w8a16-g32")
+    model = nn.ModuleDict(
+        {"lstm": nn.LSTM(32, 32), "normed": opened_models.weight_norm(nn.Linear(32, 32))}
+    )
+    entries = {entry.name: entry for entry in survey(model)}
+    lstm, normed = entries["lstm.weight_ih_l0"], entries["normed"]
+    assert "no quantized LSTM" in compressed_tensors.layer_obstacle(lstm, scheme)
+    assert "computes its weight" in compressed_tensors.layer_obstacle(normed, scheme)
+    assert "those of a LSTM stay" in gguf.layer_obstacle(lstm, scheme)
+    assert "those of a Linear stay" in gguf.layer_obstacle(normed, scheme)
+
+
+def test_a_gguf_file_keeps_the_names_of_a_state_dict(tmp_path):
+    tensors = {f"lstm.{name}": value for name, value in nn.LSTM(32, 32).state_dict().items()}
+    torch.save(tensors | {"head.weight": torch.randn(5, 32)}, tmp_path / "state.pt")
+    out = tmp_path / "x.gguf"
+    request = Request(
+        str(tmp_path / "state.pt"), output=str(out), format="gguf", scheme="w8a16-g32"
+    )
+    report = quantize_file(request)
+    assert report.verification["status"] == "verified"
+    names = {tensor.name for tensor in GGUFReader(out).tensors}
+    assert tensors.keys() | {"head.weight"} == names
 
 
 # State dicts

@@ -99,6 +99,17 @@ def test_a_known_class_decides(kind, opens):
     assert bool(opened_state(state, {"a": kind})[1]) == opens
 
 
+def test_a_known_out_proj_is_a_layer():
+    state = {
+        f"attn.{name}": value for name, value in nn.MultiheadAttention(6, 2).state_dict().items()
+    }
+    kinds = {"attn": "MultiheadAttention", "attn.out_proj": "NonDynamicallyQuantizableLinear"}
+    assert {e.name: e.reason for e in survey(tree(state, kinds))} == {
+        "attn.in_proj_weight": None,
+        "attn.out_proj": None,
+    }
+
+
 @given(st.lists(st.sampled_from(["weight", "bias", "weight_ih_l0", "bias_ih_l0", "in_proj_weight",
                                  "in_proj_bias", "bias_k", "scale"]), unique=True))  # fmt: skip
 def test_names_come_back(leaves):
