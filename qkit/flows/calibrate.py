@@ -39,7 +39,8 @@ def passes(layers: Mapping[str, nn.Module]) -> Iterator[list[str]]:
 
 
 def _empty(layer: Any) -> Stats:
-    return Stats.empty(getattr(layer, "groups", 1), layer.weight[0].numel())
+    rows = QUANTIZED[type(layer)].rows(layer)
+    return Stats.empty(getattr(layer, "groups", 1), rows[0].numel())
 
 
 def collect(

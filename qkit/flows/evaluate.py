@@ -198,6 +198,11 @@ def _why_slow(report: Report, speedup: float, model: nn.Module) -> str:
             f", because the reference operators ({', '.join(plain)}) unpack their weights to float "
             "at every call; what is won is size and memory"
         )
+    elif any(name.startswith("qkit::convolution") for name in report.kernels):
+        text += (
+            ", because convolutions unpack their weights at every call and leave the arithmetic to "
+            "torch; what is won is size and memory"
+        )
     elif report.target == QUANTO:
         text += (
             ", because optimum-quanto's layers ran, not qkit's: on a CPU most of them unpack their "

@@ -17,6 +17,7 @@ from qkit.flows.check import NO_SUMS, sums, weight_output
 from qkit.flows.ptq import (
     check_damage,
     join,
+    notes,
     quantized_row,
     short_group,
     underflow,
@@ -56,8 +57,8 @@ class Stopped(Exception):
 
 @dataclass
 class Layer:
-    """A weight to quantize: how, its name in the source, the layer that it becomes, and the
-    layers (this one first) whose outputs are checked with it, because they share it."""
+    """A weight to quantize: how, its name in the source, the layer that it becomes, the layers
+    (this one first) whose outputs are checked with it, because they share it, and a remark."""
 
     entry: Entry
     scheme: str
@@ -65,6 +66,7 @@ class Layer:
     weight: str
     layer: QLayer
     owners: list[str]
+    note: str | None = None
 
     @property
     def stored(self) -> list[str]:
@@ -169,7 +171,7 @@ class Pieces:
             if (full := join(entry.name, key)) in each.stored:
                 self.weights.write(full, 0, tensors[key])
         bits, value = bits / (rows * columns), sqnr_db(signal, noise)
-        note = "; ".join(filter(None, (entry.note, short, underflow(lost)))) or None
+        note = notes(entry.note, short, each.note, underflow(lost))
         return quantized_row(entry, each.scheme, each.algorithm, bits, value, note)
 
     def _range(self, name: str, spec: QSpec) -> QParams:

@@ -111,10 +111,12 @@ def _calibrated(
     model: nn.Module, chosen: list[Plan], calib: Inputs | None
 ) -> Iterator[tuple[list[str], dict[str, Stats]]]:
     """The names of the layers to quantize, a part at a time, with the statistics they need."""
+    tables = {_weight_of(p) for p in chosen if not QUANTIZED[type(p.entry.module)].has_vectors}
     needy = {
         plan.entry.name: model.get_submodule(plan.entry.name)
         for plan in chosen
         if plan.rule and plan.rule.algorithm in CALIBRATED and plan.entry.tied_to is None
+        if plan.entry.name not in tables
     }
     for part in passes(needy) if calib is not None else ():
         users = {
@@ -130,12 +132,12 @@ def _static_ranges(
     model: nn.Module, chosen: list[Plan], calib: Inputs | None
 ) -> dict[str, QParams]:
     """The scale of the input of every layer whose scheme wants it ahead of time."""
-    wanted = {
-        plan.entry.name: plan.rule.scheme.input
+    inputs = {
+        plan.entry.name: QUANTIZED[type(plan.entry.module)].part_of(plan.rule.scheme).input
         for plan in chosen
-        if plan.rule and plan.rule.scheme and plan.rule.scheme.input is not None
-        if plan.rule.scheme.input.when == "static"
+        if plan.rule and plan.rule.scheme
     }
+    wanted = {n: acts for n, acts in inputs.items() if acts is not None and acts.when == "static"}
     if not wanted:
         return {}
     if calib is None:
@@ -210,7 +212,8 @@ def _plan(entry: Entry, recipe: Recipe, obstacle: Obstacle) -> Plan:
         return Plan(entry, None, "no rule of the recipe matches it")
     if rule.scheme is None:
         return Plan(entry, None, f"ignored by {rule.match!r}")
-    if lacks := QUANTIZED[type(entry.module)].lacks(rule.scheme):
+    quantized = QUANTIZED[type(entry.module)]
+    if lacks := quantized.lacks(quantized.part_of(rule.scheme)):
         return Plan(entry, None, f"a quantized {entry.kind} {lacks} ({rule.scheme.name})")
     if reason := obstacle(entry, rule.scheme):
         return Plan(entry, None, reason)
@@ -282,39 +285,48 @@ def _quantize_layer(
         raise AssertionError("a plan to quantize has a rule with a scheme")
     module: Any = model.get_submodule(entry.name)
     quantized = QUANTIZED[type(module)]
+    scheme = quantized.part_of(rule.scheme)
     if entry.tied_to is not None:
-        layer = quantized(module, rule.scheme.weight, rule.scheme.input)
+        layer = quantized(module, scheme.weight, scheme.input)
         layer.share_weight(layers[entry.tied_to])
         if input_qparams is not None:
             layer.set_input_range(input_qparams)
-        return layer, tied_row(entry, rows[entry.tied_to])
-    weight = module.weight.detach()
-    if module.bias is not None:
-        check_finite(module.bias.detach(), join(entry.name, "bias"))
-    spec, full_name = rule.scheme.weight, join(entry.name, "weight")
+        return layer, tied_row(entry, scheme.name, rows[entry.tied_to])
+    weight = quantized.rows(module).detach().flatten(1)
+    if (bias := module._parameters.get("bias")) is not None:
+        check_finite(bias.detach(), join(entry.name, "bias"))
+    spec, full_name = scheme.weight, join(entry.name, "weight")
     # A layer that the data never reached has no statistics; its row says which way it went.
     if stats is not None and stats.vectors:
         algorithm = rule.algorithm
-        q = CALIBRATED[algorithm](weight.flatten(1), spec, stats, name=full_name)
+        q = CALIBRATED[algorithm](weight, spec, stats, name=full_name)
     else:
         algorithm = rule.algorithm if rule.algorithm in DATA_FREE else "rtn"
-        q = DATA_FREE[algorithm](weight.flatten(1), spec, name=full_name)
+        q = DATA_FREE[algorithm](weight, spec, name=full_name)
     decoded = dequantize(q)
-    notes = [
-        entry.note,
-        short_group(q),
-        _unreached(rule, algorithm),
-        underflow(zeroed(weight.flatten(1), decoded, spec)),
-    ]
     row = quantized_row(
         entry,
-        rule.scheme.name,
+        scheme.name,
         algorithm,
         q.bits_per_weight,
-        tensor_sqnr_db(weight.flatten(1), decoded),
-        "; ".join(filter(None, notes)) or None,
+        tensor_sqnr_db(weight, decoded),
+        notes(
+            *(entry.note, short_group(q), exact_input(rule.scheme, scheme)),
+            _no_data(rule, algorithm, stats),
+            underflow(zeroed(weight, decoded, spec)),
+        ),
     )
-    return quantized.from_float(module, q, rule.scheme.input, input_qparams), row
+    return quantized.from_float(module, q, scheme.input, input_qparams), row
+
+
+def notes(*parts: str | None) -> str | None:
+    """The remarks of a row as one."""
+    return "; ".join(filter(None, parts)) or None
+
+
+def exact_input(asked: Scheme, done: Scheme) -> str | None:
+    """That only the weight of a layer follows the scheme that was asked for."""
+    return None if asked == done else "its input is indices: the weight alone is quantized"
 
 
 def join(name: str, leaf: str) -> str:
@@ -344,10 +356,16 @@ def quantized_row(
     )
 
 
-def tied_row(entry: Entry, first: LayerRow) -> LayerRow:
+def tied_row(entry: Entry, scheme: str | None, first: LayerRow) -> LayerRow:
     """The row of a module whose weight is that of the module of the row ``first``."""
-    note = f"tied to {entry.tied_to}"
-    return replace(first, name=entry.name, parameters=entry.parameters, note=note)
+    return replace(
+        first,
+        name=entry.name,
+        kind=entry.kind,
+        scheme=scheme,
+        parameters=entry.parameters,
+        note=f"tied to {entry.tied_to}",
+    )
 
 
 def short_group(q: QTensor) -> str | None:
@@ -360,8 +378,13 @@ def short_group(q: QTensor) -> str | None:
     return f"last group of each row has {columns % size}"
 
 
-def _unreached(rule: Rule, algorithm: str) -> str | None:
-    return None if algorithm == rule.algorithm else f"{algorithm}: no calibration data reached it"
+def _no_data(rule: Rule, algorithm: str, stats: Stats | None) -> str | None:
+    """Why an algorithm that learns from data did not."""
+    if algorithm == rule.algorithm:
+        return None
+    if stats is None:
+        return f"{algorithm}: its rows are looked up, there are no inputs to learn from"
+    return f"{algorithm}: no calibration data reached it"
 
 
 def zeroed(weight: Tensor, decoded: Tensor, spec: QSpec) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qkit.algorithms import rtn
 from qkit.errors import InputError, UsageError
 from qkit.models import load as load_model
-from qkit.nn import survey, tree
+from qkit.nn import QUANTIZED, survey, tree
 from qkit.numerics import cast, dequantize
 from qkit.packing.entropy import alphabet
 from qkit.report import tensor_sqnr_db
@@ -105,7 +105,7 @@ def rate_distortion(
         if entry.reason is not None or entry.tied_to is not None:
             continue
         module: Any = entry.module
-        weight = module.weight.detach().flatten(1)
+        weight = QUANTIZED[type(module)].rows(module).detach().flatten(1)
         name = f"{entry.name}.weight" if entry.name else "weight"
         points += [rate_point(weight, s.weight, name=name, scheme=s.name) for s in chosen]
     if not points:

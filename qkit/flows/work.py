@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qkit.flows.casts import nothing_cast
 from qkit.flows.pieces import Cast, Layer, Pieces
-from qkit.flows.ptq import Plan, join, left_row, plan_layers, tied_row
+from qkit.flows.ptq import Plan, exact_input, join, left_row, plan_layers, tied_row
 from qkit.models.checkpoint import Checkpoint
 from qkit.nn import QUANTIZED, QLayer, swap, tree
 from qkit.nn.names import opened_state
@@ -81,14 +81,18 @@ def _quantized(model: nn.Module, plans: list[Plan]) -> Work:
         if plan.rule is None or plan.rule.scheme is None:
             continue
         module: Any = plan.entry.module
-        scheme, name = plan.rule.scheme, plan.entry.name
-        made[name] = QUANTIZED[type(module)](module, scheme.weight, scheme.input)
+        quantized, name = QUANTIZED[type(module)], plan.entry.name
+        scheme = quantized.part_of(plan.rule.scheme)
+        made[name] = quantized(module, scheme.weight, scheme.input)
         if plan.entry.tied_to is not None:
             made[name].share_weight(made[plan.entry.tied_to])
             layers[plan.entry.tied_to].owners.append(name)
         else:
             algorithm, weight = plan.rule.algorithm, join(name, "weight")
-            layers[name] = Layer(plan.entry, scheme.name, algorithm, weight, made[name], [name])
+            note = exact_input(plan.rule.scheme, scheme)
+            layers[name] = Layer(
+                plan.entry, scheme.name, algorithm, weight, made[name], [name], note
+            )
     tensors, facts = describe_weights(swap(model, made))
     checks = {
         f"layers.{name}": Stored((2, each.layer.weight_size[0]), torch.float32)
@@ -113,8 +117,14 @@ def _specs(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
 
 def _expected_row(plan: Plan) -> LayerRow:
     """The row of a layer before it is quantized, for the coverage."""
-    scheme = plan.rule.scheme.name if plan.rule and plan.rule.scheme else None
-    return replace(left_row(plan.entry, plan.reason), scheme=scheme)
+    return replace(left_row(plan.entry, plan.reason), scheme=_scheme_name(plan))
+
+
+def _scheme_name(plan: Plan) -> str | None:
+    """What the layer follows of the scheme that is planned for it."""
+    if plan.rule is None or plan.rule.scheme is None:
+        return None
+    return QUANTIZED[type(plan.entry.module)].part_of(plan.rule.scheme).name
 
 
 def _rows(plans: list[Plan], found: Rows) -> list[LayerRow]:
@@ -124,7 +134,7 @@ def _rows(plans: list[Plan], found: Rows) -> list[LayerRow]:
         row = left_row(plan.entry, plan.reason)
         if plan.rule is not None:
             made = found[join(name, "weight")] if tied is None else None
-            row = made or tied_row(plan.entry, rows[tied or name])
+            row = made or tied_row(plan.entry, _scheme_name(plan), rows[tied or name])
         rows[name] = row
     return list(rows.values())
 

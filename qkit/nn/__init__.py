@@ -1,6 +1,14 @@
 """One class for each kind of quantized layer, the survey of a model, and ``swap``."""
 
-from qkit.nn.conv2d import QConv2d as QConv2d
+from qkit.nn.conv import QConv as QConv
+from qkit.nn.conv import QConv1d as QConv1d
+from qkit.nn.conv import QConv2d as QConv2d
+from qkit.nn.conv import QConv3d as QConv3d
+from qkit.nn.conv import QConvTranspose1d as QConvTranspose1d
+from qkit.nn.conv import QConvTranspose2d as QConvTranspose2d
+from qkit.nn.conv import QConvTranspose3d as QConvTranspose3d
+from qkit.nn.embedding import QEmbedding as QEmbedding
+from qkit.nn.embedding import QEmbeddingBag as QEmbeddingBag
 from qkit.nn.layer import QLayer as QLayer
 from qkit.nn.linear import QLinear as QLinear
 from qkit.nn.open import open_modules as open_modules

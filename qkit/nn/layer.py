@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from qkit import ops
 from qkit.numerics import QParams, QTensor, no_scale
 from qkit.packing import from_tensors, tensor_specs, to_tensors
-from qkit.packing.store import Stored, levels_of, matrix_shape
+from qkit.packing.store import Stored, levels_of, matrix_shape, turn
 from qkit.spec import Float, QSpec, Scheme
 
 # The module's own name for the stored int8 tensor ``weight``: see QLayer.weight.
 CODES = "weight_codes"
 
-FloatLayer = nn.Linear | nn.Conv2d
+FloatLayer = Any  # an instance of the float class: a linear layer, a convolution, an embedding
 
 
 def stored_name(name: str) -> str:
@@ -35,6 +35,10 @@ class QLayer(nn.Module):
     """
 
     float_class: ClassVar[type[nn.Module]]
+    # The parameters of the float layer.
+    parameter_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    # Whether input_vectors tells anything: see there.
+    has_vectors: ClassVar[bool] = True
     bias: nn.Parameter | None
     weight_codes: Tensor  # 8 bits
     weight_packed: Tensor  # 1 to 7 bits
@@ -52,11 +56,12 @@ class QLayer(nn.Module):
         # The class that was opened to get this layer (qkit.nn.open), if any.
         self.opened_from: str | None = vars(layer).get("opened_from")
         weight = layer.weight
+        self.turned_by = self.turned(layer)
         self.spec = spec
         self.acts = acts
         self.bits = spec.format.bits
         self.group = spec.group_size
-        self.weight_size = tuple(weight.shape)
+        self.weight_size = tuple(self.rows(layer).shape)  # as it is stored
         self.weight_dtype = weight.dtype
         for name, stored in self._stored().items():
             empty = torch.empty(stored.shape, dtype=stored.dtype, device=weight.device)
@@ -74,8 +79,30 @@ class QLayer(nn.Module):
             self.weight_zero_point = None
         if acts is not None and acts.when == "static" and acts.symmetric:
             self.input_zero_point = None
-        self.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
+        self.register_parameter("bias", layer._parameters.get("bias"))
         self.train(layer.training)
+
+    @classmethod
+    def part_of(cls, scheme: Scheme) -> Scheme:
+        """What of ``scheme`` such a layer follows."""
+        return scheme
+
+    @classmethod
+    def unfit(cls, layer: FloatLayer) -> str | None:
+        """Why the float ``layer`` itself cannot be quantized, under any scheme; None if it can."""
+        return None
+
+    @staticmethod
+    def turned(layer: FloatLayer) -> int:
+        """The groups by which the weight of ``layer`` is turned (:func:`~qkit.packing.store.turn`)
+        to be stored; 0 where its rows come first as it is."""
+        return 0
+
+    @classmethod
+    def rows(cls, layer: FloatLayer) -> Tensor:
+        """The weight of the float ``layer`` in the shape that is stored, output channels first."""
+        groups = cls.turned(layer)
+        return turn(layer.weight, groups) if groups else layer.weight
 
     @classmethod
     def lacks(cls, scheme: Scheme) -> str | None:
@@ -96,7 +123,7 @@ class QLayer(nn.Module):
     ) -> QLayer:
         """The layer that computes what ``layer`` does with its weight replaced by ``q``.
 
-        ``q`` holds the weight as a matrix ``[rows, columns]`` (trailing dimensions flattened).
+        ``q`` holds :meth:`rows` as a matrix ``[rows, columns]`` (trailing dimensions flattened).
         The bias is the very Parameter of ``layer``. ``acts`` says how the input is quantized, and
         ``input_qparams`` with what scale where its range is static.
         """
@@ -143,6 +170,10 @@ class QLayer(nn.Module):
         For code that reads a layer's weight instead of calling the layer (its dtype, a norm, a
         functional call): it gets the right values, at the price of a dequantization.
         """
+        return self.values(self.weight_dtype)
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """What the float layer's weight became, in its shape."""
         book = self.spec.by_table
         matrix = (ops.dequantize_codebook if book else ops.dequantize)(
             self.stored_weight,
@@ -151,9 +182,10 @@ class QLayer(nn.Module):
             self.bits,
             self.group,
             matrix_shape(self.weight_size)[1],
-            self.weight_dtype,
+            dtype,
         )
-        return matrix.reshape(self.weight_size)
+        rows = matrix.reshape(self.weight_size)
+        return turn(rows, self.turned_by) if self.turned_by else rows
 
     def share_weight(self, other: QLayer) -> None:
         """Use the buffers of ``other``, whose weight this layer's weight is tied to."""

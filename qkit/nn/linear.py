@@ -43,13 +43,13 @@ class QLinear(QLayer):
         """What the weight is multiplied with: ``[1, vectors, in_features]``."""
         return x.reshape(1, -1, layer.in_features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name, for keyword calls)
         """``[..., in_features]`` -> ``[..., out_features]``."""
         # Packed words do not tell how many columns they hold, so the operator cannot check this.
         # (Not torch._check: torch.compile takes no message that reads the module.)
-        if x.shape[-1] != self.in_features:
-            raise RuntimeError(f"QLinear takes {self.in_features} features, got {x.shape[-1]}")
-        return self._call(x)
+        if input.shape[-1] != self.in_features:
+            raise RuntimeError(f"QLinear takes {self.in_features} features, got {input.shape[-1]}")
+        return self._call(input)
 
     def _call(self, x: Tensor) -> Tensor:
         own, acts = self._buffers, self.acts

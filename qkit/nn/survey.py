@@ -16,7 +16,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from qkit.nn.computed import computed_by, settled
-from qkit.nn.conv2d import QConv2d
+from qkit.nn.conv import CONVOLUTIONS
+from qkit.nn.embedding import QEmbedding, QEmbeddingBag
 from qkit.nn.layer import QLayer
 from qkit.nn.linear import QLinear
 from qkit.nn.open import Opening, gone, opening, why_closed
@@ -25,7 +26,7 @@ from qkit.nn.tree import Tensors, without_form
 from qkit.ops.schema import FLOATS
 
 QUANTIZED: dict[type[nn.Module], type[QLayer]] = {
-    layer.float_class: layer for layer in (QLinear, QConv2d)
+    layer.float_class: layer for layer in (QLinear, *CONVOLUTIONS, QEmbedding, QEmbeddingBag)
 }
 
 
@@ -177,19 +178,25 @@ def _reason(module: nn.Module) -> str | None:
         if any(True for _ in module.children()):
             return f"a parameter of {kind.__name__} itself, not of a layer"
         return without_form(kind.__name__)
+    quantized = QUANTIZED[kind]
     weight = module._parameters.get("weight")
-    if weight is None or "bias" not in module._parameters:
+    if weight is None or set(quantized.parameter_names) - module._parameters.keys():
         return "its weight or bias is not a parameter of it"
     if "forward" in vars(module):
         return "its forward was replaced, and may compute something else"
     own = module._parameters.keys() | module._buffers.keys() | module._modules.keys()
-    if extra := own - {"weight", "bias"}:
+    if extra := own - set(quantized.parameter_names):
         return f"a quantized {kind.__name__} would lack its {', '.join(sorted(extra))}"
     if weight.dtype not in FLOATS:
         return f"its weight is {weight.dtype}"
     if weight.numel() == 0:
         return "its weight is empty"
-    return None
+    return quantized.unfit(module)
+
+
+def _turned(entry: Entry) -> int:
+    """How the layer's weight lies on disk: only layers that agree can share it."""
+    return QUANTIZED[type(entry.module)].turned(entry.module)
 
 
 def _with_ties(entries: list[Entry]) -> list[Entry]:
@@ -205,7 +212,7 @@ def _with_ties(entries: list[Entry]) -> list[Entry]:
         if entry.reason is not None or len(sharers) == 1:
             return entry
         for other in sharers:
-            if other.reason is not None or other.kind != entry.kind:
+            if other.reason is not None or _turned(other) != _turned(entry):
                 return replace(
                     entry,
                     reason=f"shares its weight with {other.name} ({other.kind}), left in float",

@@ -1,9 +1,10 @@
 """A bare state dict as a tree of modules, so that everything that works on a model works on it.
 
 Classes are not stored in a state dict. ``name.weight`` with two dimensions is taken for the
-weight of a Linear, with four for that of a Conv2d, unless the name says that it is an embedding
-or a saved TorchScript module told the class. A wrong guess costs no correctness: loading into
-the real model gives layers of any other class their float weight back.
+weight of a Linear (of an Embedding, if the name says so and there is no bias), with three to five
+for that of a Conv1d, Conv2d or Conv3d, unless a saved TorchScript module told the class. A wrong
+guess costs no correctness: loading into the real model gives layers of any other class their float
+weight back.
 """
 
 from __future__ import annotations
@@ -21,8 +22,13 @@ from qkit.nn.names import opened_state
 
 _EMBEDDING = re.compile(r"(^|[._])(w[tp]e|\w*emb\w*|shared|\w*position\w*|tok\w*)([._]|$)", re.I)
 
-# The class of a layer by the dimensions of its weight.
-_GUESSES = {2: "Linear", 4: "Conv2d"}
+# The classes of layers that are made, by the dimensions of their weight: first what is guessed.
+_KINDS = {
+    2: ("Linear", "Embedding", "EmbeddingBag"),
+    3: ("Conv1d",),
+    4: ("Conv2d",),
+    5: ("Conv3d",),
+}
 
 # Classes that are opened (qkit.nn.open) into tensors that are not in the state dict as they are.
 _IN_MEMORY = ("Bilinear", "Conv1D")
@@ -123,39 +129,40 @@ def _with_parents(names: Mapping[str, object]) -> list[str]:
 
 
 def _layer(name: str, tensors: Mapping[str, Tensor], kind: str | None) -> nn.Module | None:
-    """A Linear or Conv2d that holds ``tensors``, if they look like one's."""
+    """A layer that holds ``tensors``, if they look like one's."""
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if weight is None or weight.numel() == 0 or tensors.keys() - {"weight", "bias"}:
         return None
     if not all(isinstance(tensor, nn.Parameter) for tensor in tensors.values()):
         return None
-    if bias is not None and bias.shape != weight.shape[:1]:
+    kinds = _KINDS.get(weight.dim(), ())
+    if kind is None and kinds:
+        named = weight.dim() == 2 and bias is None and _EMBEDDING.search(name) is not None
+        kind = "Embedding" if named else kinds[0]
+    if kind not in kinds:
         return None
-    guess = _GUESSES.get(weight.dim())
-    if (kind or guess) != guess or guess is None or _is_embedding(name, kind):
+    rows, columns, *kernel = weight.shape
+    table = kind.startswith("Embedding")
+    if bias is not None and (table or bias.shape != (rows,)):
         return None
+    given: tuple = (rows, columns) if table else (columns, rows)
     with torch.device("meta"):
-        rows, columns, *kernel = weight.shape
-        layer: Any = (
-            nn.Conv2d(columns, rows, (kernel[0], kernel[1])) if kernel else nn.Linear(columns, rows)
-        )
-    layer.weight, layer.bias = weight, bias
+        layer: Any = getattr(nn, kind)(*given, *([tuple(kernel)] if kernel else []))
+    layer.weight = weight
+    if not table:
+        layer.bias = bias
     return layer.eval()
 
 
-def _is_embedding(name: str, kind: str | None) -> bool:
-    return kind is None and _EMBEDDING.search(name) is not None
-
-
 def _container(name: str, tensors: Mapping[str, Tensor], kind: str | None) -> Tensors:
-    if kind in _GUESSES.values():
-        module = Tensors(f"its tensors are not those of a {kind}")
+    if any(kind in kinds for kinds in _KINDS.values()):
+        module = Tensors(f"its tensors are not those of a layer of the class {kind}")
+    elif kind is not None and kind.startswith("ConvTranspose"):
+        module = Tensors("its tensors do not tell in how many groups its channels are")
     elif kind is not None and (kind in _IN_MEMORY or kind.endswith("Experts")):
         module = Tensors(f"a {kind} is opened where the model is in memory, not as tensors")
     elif kind is not None:
         module = Tensors(without_form(kind))
-    elif "weight" in tensors and tensors["weight"].dim() > 1 and _is_embedding(name, kind):
-        module = Tensors("an embedding, by its name")
     else:
         module = Tensors()
     for leaf, tensor in tensors.items():

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.grad import conv2d_input
 
 from qkit.native import isa
-from qkit.ops import eager, native, reference, schema
+from qkit.ops import convolutions, eager, native, reference, schema
 from qkit.spec import Int
 
 
@@ -39,7 +38,7 @@ def count_calls() -> Iterator[Counter[str]]:
 
 def _implementation(name: str) -> Callable[..., Tensor]:
     """The kernels' implementation where there is one and it applies, and the reference's."""
-    plain, fast = reference.IMPLEMENTATIONS[name], native.IMPLEMENTATIONS.get(name)
+    plain, fast = _PLAIN[name], _FAST.get(name)
 
     @wraps(plain)
     def call(*args: Any) -> Tensor:
@@ -95,37 +94,14 @@ def _inside(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> T
     return (codes >= fmt.qmin) & (codes <= fmt.qmax)
 
 
-def _save_for_conv2d(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, scale, zero_point, bias, bits, group, kernel, *geometry = inputs
-    ctx.save_for_backward(weight, scale, zero_point)
-    ctx.call = (bits, group, kernel, geometry, x.shape, x.dtype)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of the input and the bias; the quantized weight has none."""
-    weight, scale, zero_point = ctx.saved_tensors
-    bits, group, kernel, (stride, padding, dilation, groups), shape, dtype = ctx.call
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        channels = shape[-3] // groups
-        columns = channels * kernel[0] * kernel[1]
-        rows = torch.ops.qkit.dequantize(weight, scale, zero_point, bits, group, columns, dtype)
-        weight = rows.reshape(-1, channels, *kernel)
-        batched = (1, *shape) if len(shape) == 3 else shape
-        grad_x = conv2d_input(
-            batched, weight, grad.reshape(-1, *grad.shape[-3:]), stride, padding, dilation, groups
-        ).reshape(shape)
-    if ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, *grad.shape[-3:]).sum((0, 2, 3)).to(ctx.bias_dtype)
-    return (grad_x, None, None, None, grad_bias, *(None,) * 7)
-
-
+_FAKES = schema.FAKES | convolutions.FAKES
+_PLAIN = reference.IMPLEMENTATIONS | convolutions.IMPLEMENTATIONS
+_FAST = native.IMPLEMENTATIONS | convolutions.NATIVE
 _library = torch.library.Library("qkit", "DEF")
 for _name, _schema in schema.SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qkit::{_name}", schema.FAKES[_name], lib=_library)
+    torch.library.register_fake(f"qkit::{_name}", _FAKES[_name], lib=_library)
 _OF_INTEGERS = _backward(torch.ops.qkit.dequantize)
 _OF_LEVELS = _backward(torch.ops.qkit.dequantize_codebook)
 for _name, _gradient in {
@@ -137,14 +113,19 @@ for _name, _gradient in {
     torch.library.register_autograd(
         f"qkit::{_name}", _gradient, setup_context=_save_for_linear, lib=_library
     )
-torch.library.register_autograd(
-    "qkit::conv2d", _conv2d_backward, setup_context=_save_for_conv2d, lib=_library
-)
+for _name in convolutions.IMPLEMENTATIONS:
+    torch.library.register_autograd(
+        f"qkit::{_name}",
+        convolutions.backward,
+        setup_context=convolutions.save_for_backward,
+        lib=_library,
+    )
 
 linear = torch.ops.qkit.linear.default
 linear_codebook = torch.ops.qkit.linear_codebook.default
 linear_dynamic = torch.ops.qkit.linear_dynamic.default
 linear_static = torch.ops.qkit.linear_static.default
+convolution = torch.ops.qkit.convolution.default
 conv2d = torch.ops.qkit.conv2d.default
 dequantize = torch.ops.qkit.dequantize.default
 dequantize_codebook = torch.ops.qkit.dequantize_codebook.default

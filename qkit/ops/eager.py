@@ -1,19 +1,21 @@
-"""The eager call of a linear layer without torch's dispatcher.
+"""The eager call of a layer without torch's dispatcher.
 
 An operator that is implemented in Python costs some 15 microseconds a call, several times the
-product of a small layer. Where nobody watches or records the call (no gradient, no tracing, no
+work of a small layer. Where nobody watches or records the call (no gradient, no tracing, no
 compiler, no mode, no profiler), a layer calls the kernels itself, with pointers that it keeps.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qkit import native as library
-from qkit.ops import native
+from qkit.ops import convolutions, native
 from qkit.spec import Int, QSpec
 
 # Who counts calls at the moment: see qkit.ops.count_calls.
@@ -60,25 +62,12 @@ def call(
     ``third`` is the zero point, or the levels of a codebook; ``acts`` how the input is quantized,
     if it is, and ``static`` its scale and zero point where they are known.
     """
-    if (
-        type(x) is not Tensor
-        or x.dtype not in native.TYPES
-        or x.device.type != "cpu"
-        or _watched(x, bias)
-    ):
+    if x.dtype not in native.TYPES or x.ndim == 0:
         return None
+    book = name == "linear_codebook"
+    stored = _found(kept, x, (weight, scale, third, bias), bits, group, x.shape[-1], book)
     kernels = library.library()
-    if kernels is None:
-        return None
-    key = tuple(_identity(t) for t in (weight, scale, third, bias))
-    known, stored = kept.of
-    if key != known:
-        book = name == "linear_codebook"
-        zero_point, levels = (None, third) if book else (third, None)
-        columns = x.shape[-1]
-        stored = native.stored(weight, scale, zero_point, bias, bits, group, columns, levels)
-        kept.of = key, stored
-    if stored is None or stored.columns != x.shape[-1]:
+    if stored is None or kernels is None:
         return None
     if counters:
         count(name, library.isa())
@@ -89,9 +78,89 @@ def call(
     return native.multiply(kernels, x, stored, native.static_acts(acts.format, *static))
 
 
+def convolve(
+    kept: Kept,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    kernel: list[int],
+    *geometry: Any,
+) -> Tensor | None:
+    """``convolution`` with the kernels; None where it has to go through the dispatcher."""
+    if x.dtype not in native.TYPES:
+        return None
+    columns = x.shape[-1 - len(kernel)] // geometry[3] * math.prod(kernel)
+    # The bias goes to torch, not to the kernels; a change of it is not of interest.
+    stored = _found(kept, x, (weight, scale, zero_point, None), bits, group, columns)
+    kernels = library.library()
+    if stored is None or kernels is None or _needs_gradient(bias):
+        return None
+    if counters:
+        count("convolution", library.isa())
+    return convolutions.run(kernels, stored, x, bias, kernel, geometry)
+
+
+def embedding(
+    kept: Kept,
+    indices: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """``embedding`` with the kernels; None where it has to go through the dispatcher."""
+    if indices.dtype not in native.INDICES or dtype not in native.TYPES:
+        return None
+    stored = _found(kept, indices, (weight, scale, zero_point, None), bits, group, columns)
+    kernels = library.library()
+    rows = (
+        None
+        if stored is None or kernels is None
+        else native.look_up(kernels, stored, indices, dtype)
+    )
+    if rows is not None and counters:
+        count("embedding", library.isa())
+    return rows
+
+
+def _found(
+    kept: Kept,
+    x: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    bits: int,
+    group: int,
+    columns: int,
+    book: bool = False,
+) -> native.Stored | None:
+    """The stored weight as the kernels take it; None if ``x`` is not for a direct call."""
+    weight, scale, third, bias = tensors
+    if type(x) is not Tensor or x.device.type != "cpu" or _watched(x, bias):
+        return None
+    if library.library() is None:
+        return None
+    key = _identity(weight), _identity(scale), _identity(third), _identity(bias)
+    known, stored = kept.of
+    if key != known:
+        zero_point, levels = (None, third) if book else (third, None)
+        stored = native.stored(weight, scale, zero_point, bias, bits, group, columns, levels)
+        kept.of = key, stored
+    return None if stored is None or stored.columns != columns else stored
+
+
+def _needs_gradient(t: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and t is not None and t.requires_grad
+
+
 def _watched(x: Tensor, bias: Tensor | None) -> bool:
     """Whether somebody has to see the call."""
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if _needs_gradient(x) or _needs_gradient(bias):
         return True
     return (
         torch._C._len_torch_dispatch_stack() > 0

@@ -21,6 +21,7 @@ from qkit.spec.granularity import ceil_div
 
 # What the kernels read and write, by their number for it; fp64 would lose precision.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INDICES = (torch.int64, torch.int32)
 
 # What a scale may be, and codes of 8 bits that stand for levels.
 SCALES = (*TYPES, torch.float8_e8m0fnu)
@@ -245,13 +246,20 @@ def _decode(
     kernels: ctypes.CDLL, weight: Stored, indices: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     count = weight.rows if indices is None else indices.numel()
-    out = torch.empty(count, weight.columns, dtype=dtype)
+    return decode(kernels, weight, indices, torch.empty(count, weight.columns, dtype=dtype))
+
+
+def decode(kernels: ctypes.CDLL, weight: Stored, indices: Tensor | None, out: Tensor) -> Tensor:
+    """The rows ``indices`` (int64; None: all) of the float weight, written into ``out``.
+
+    ``out`` is ``[rows, columns]`` of one of TYPES; the indices are known to be rows.
+    """
     _done(
         kernels.qkit_decode(
             weight.pointer,
             None if indices is None else indices.data_ptr(),
-            count,
-            TYPES[dtype],
+            out.shape[0],
+            TYPES[out.dtype],
             out.data_ptr(),
             torch.get_num_threads(),
         )
@@ -309,14 +317,23 @@ def embedding(
         kernels is None
         or dtype not in TYPES
         or indices.device.type != "cpu"
-        or indices.dtype not in (torch.int64, torch.int32)
+        or indices.dtype not in INDICES
     ):
         return None
     w = stored(weight, scale, zero_point, None, bits, group, columns)
+    return None if w is None else look_up(kernels, w, indices, dtype)
+
+
+def look_up(
+    kernels: ctypes.CDLL, weight: Stored, indices: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """The rows ``indices`` of the float weight; None if one of them is not a row."""
     flat = indices.reshape(-1).to(torch.int64).contiguous()
-    if w is None or (flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < w.rows):
-        return None
-    return _decode(kernels, w, flat, dtype).reshape(*indices.shape, columns)
+    if flat.numel():
+        low, high = flat.aminmax()
+        if int(low) < 0 or int(high) >= weight.rows:
+            return None
+    return _decode(kernels, weight, flat, dtype).reshape(*indices.shape, weight.columns)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor | None]] = {

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from qkit.numerics import dequantize_blocks, qparams_from_range
 from qkit.numerics.blocks import block_range
@@ -30,7 +29,7 @@ from qkit.spec import Int, PerToken, QSpec
 TILE_VALUES = 1 << 20
 
 
-def _rows(
+def rows_of(
     weight: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
@@ -57,7 +56,7 @@ def _rows(
     return dequantize_blocks(codes, scale, zero_point, block, dtype)
 
 
-def _tiles(
+def tiles(
     weight: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
@@ -75,10 +74,11 @@ def _tiles(
         of_scale = slice(None) if per_tensor else part
         zero = None if zero_point is None else zero_point[of_scale]
         values = weight[part], scale[of_scale], zero, bits, group, columns, dtype, levels
-        yield part, _rows(*values)
+        yield part, rows_of(*values)
 
 
-def _work(x: Tensor) -> torch.dtype:
+def work_dtype(x: Tensor) -> torch.dtype:
+    """In what the products of ``x`` are summed."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -93,10 +93,10 @@ def linear(
 ) -> Tensor:
     """``x @ W.T + bias`` with ``W`` dequantized: ``[..., K] -> [..., N]``."""
     check_float(x, "linear")
-    columns, work = x.shape[-1], _work(x)
+    columns, work = x.shape[-1], work_dtype(x)
     check_weight("linear", weight, scale, columns, bits, group)
-    tiles = _tiles(weight, scale, zero_point, bits, group, columns, work)
-    return _product(x, _flat(x).to(work), tiles, weight.shape[0], bias)
+    pieces = tiles(weight, scale, zero_point, bits, group, columns, work)
+    return _product(x, _flat(x).to(work), pieces, weight.shape[0], bias)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -130,11 +130,11 @@ def linear_codebook(
 ) -> Tensor:
     """``linear`` with a weight of ``levels[code] * scale``."""
     check_float(x, "linear_codebook")
-    columns, work = x.shape[-1], _work(x)
+    columns, work = x.shape[-1], work_dtype(x)
     check_levels("linear_codebook", levels, bits)
     check_weight("linear_codebook", weight, scale, columns, bits, group)
-    tiles = _tiles(weight, scale, None, bits, group, columns, work, levels)
-    return _product(x, _flat(x).to(work), tiles, weight.shape[0], bias)
+    pieces = tiles(weight, scale, None, bits, group, columns, work, levels)
+    return _product(x, _flat(x).to(work), pieces, weight.shape[0], bias)
 
 
 def linear_dynamic(
@@ -153,7 +153,7 @@ def linear_dynamic(
     check_acts("linear_dynamic", act_bits)
     fmt = Int(act_bits, narrow=act_symmetric)
     spec = QSpec(fmt, PerToken(), act_symmetric, "dynamic")
-    rows = _flat(x).to(_work(x))
+    rows = _flat(x).to(work_dtype(x))
     finite = torch.isfinite(rows).all(1, keepdim=True)
     rows = torch.where(finite, rows, 0.0)
     params = qparams_from_range(*block_range(rows, (1, max(1, rows.shape[1]))), spec)
@@ -161,8 +161,8 @@ def linear_dynamic(
     rounded = torch.where(finite, rounded, torch.nan)
     columns, work = x.shape[-1], rows.dtype
     check_weight("linear_dynamic", weight, scale, columns, bits, group)
-    tiles = _tiles(weight, scale, zero_point, bits, group, columns, work)
-    return _product(x, rounded, tiles, weight.shape[0], bias)
+    pieces = tiles(weight, scale, zero_point, bits, group, columns, work)
+    return _product(x, rounded, pieces, weight.shape[0], bias)
 
 
 def _round(x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Int) -> Tensor:
@@ -188,49 +188,15 @@ def linear_static(
     check_float(x, "linear_static")
     check_acts("linear_static", act_bits)
     check_act_qparams(act_scale, act_zero_point)
-    rows = _flat(x).to(_work(x))
+    rows = _flat(x).to(work_dtype(x))
     finite = torch.isfinite(rows).all(1, keepdim=True)
     fmt = Int(act_bits, narrow=act_zero_point is None)
     zero = None if act_zero_point is None else act_zero_point.reshape(())
     rounded = torch.where(finite, _round(rows, act_scale.reshape(()), zero, fmt), torch.nan)
     columns, work = x.shape[-1], rows.dtype
     check_weight("linear_static", weight, scale, columns, bits, group)
-    tiles = _tiles(weight, scale, zero_point, bits, group, columns, work)
-    return _product(x, rounded, tiles, weight.shape[0], bias)
-
-
-def conv2d(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group: int,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    """torch's ``conv2d`` of ``x`` with the dequantized weight."""
-    check_float(x, "conv2d")
-    channels, work = x.shape[-3] // groups, _work(x)
-    columns = channels * kernel[0] * kernel[1]
-    check_weight("conv2d", weight, scale, columns, bits, group)
-    wide, bias = x.to(work), None if bias is None else bias.to(work)
-
-    def run(rows: Tensor, part: slice) -> Tensor:
-        bias_part = None if bias is None else bias[part]
-        tile = rows.reshape(-1, channels, *kernel)
-        return F.conv2d(wide, tile, bias_part, stride, padding, dilation, groups)
-
-    if groups > 1 or weight.shape[0] * columns <= TILE_VALUES:
-        # A grouped convolution cannot be cut by rows, and its weight is small.
-        rows = _rows(weight, scale, zero_point, bits, group, columns, work)
-        return run(rows, slice(None)).to(x.dtype)
-    tiles = _tiles(weight, scale, zero_point, bits, group, columns, work)
-    return torch.cat([run(rows, part) for part, rows in tiles], dim=-3).to(x.dtype)
+    pieces = tiles(weight, scale, zero_point, bits, group, columns, work)
+    return _product(x, rounded, pieces, weight.shape[0], bias)
 
 
 def dequantize(
@@ -244,7 +210,7 @@ def dequantize(
 ) -> Tensor:
     """The whole float matrix ``[N, columns]``; for gradients and for inspection."""
     check_weight("dequantize", weight, scale, columns, bits, group)
-    return _rows(weight, scale, zero_point, bits, group, columns, dtype)
+    return rows_of(weight, scale, zero_point, bits, group, columns, dtype)
 
 
 def dequantize_codebook(
@@ -259,7 +225,7 @@ def dequantize_codebook(
     """The whole float matrix ``[N, columns]`` of a codebook weight."""
     check_levels("dequantize_codebook", levels, bits)
     check_weight("dequantize_codebook", weight, scale, columns, bits, group)
-    return _rows(weight, scale, None, bits, group, columns, dtype, levels)
+    return rows_of(weight, scale, None, bits, group, columns, dtype, levels)
 
 
 def embedding(
@@ -282,7 +248,7 @@ def embedding(
     per_tensor = scale.shape[0] != rows
     zero = zero_point if zero_point is None or per_tensor else zero_point[flat]
     scale = scale if per_tensor else scale[flat]
-    values = _rows(weight[flat], scale, zero, bits, group, columns, dtype)
+    values = rows_of(weight[flat], scale, zero, bits, group, columns, dtype)
     return values.reshape(*indices.shape, columns)
 
 
@@ -291,7 +257,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "linear_codebook": linear_codebook,
     "linear_dynamic": linear_dynamic,
     "linear_static": linear_static,
-    "conv2d": conv2d,
     "dequantize": dequantize,
     "dequantize_codebook": dequantize_codebook,
     "embedding": embedding,

@@ -1,4 +1,4 @@
-"""Every operator of qkit: its schema, what its arguments mean, and its fake.
+"""Every operator of qkit: its schema, what its arguments mean, and (but for convolutions) its fake.
 
 The weight arguments are the same everywhere, and are the stored layout (``qkit.packing.store``):
 
@@ -11,11 +11,11 @@ The weight arguments are the same everywhere, and are the stored layout (``qkit.
 ``group``       columns that share a scale; 0 for whole rows
 
 ``x`` is fp16, bf16, fp32 or fp64; the result has its dtype. Products are summed in fp32 (fp64 for
-fp64). ``linear``, ``linear_codebook`` and ``conv2d`` take the exact activations. ``linear_dynamic``
-first rounds each row of ``x`` to integers of ``act_bits`` with a scale (and a zero point, unless
-``act_symmetric``) from the range of that row; ``linear_static`` with the ``act_scale`` and
-``act_zero_point`` given (none: symmetric). Both as :mod:`qkit.numerics.affine` does; a row that is
-not finite gives NaN.
+fp64). ``linear``, ``linear_codebook`` and ``convolution`` take the exact activations.
+``linear_dynamic`` first rounds each row of ``x`` to integers of ``act_bits`` with a scale (and a
+zero point, unless ``act_symmetric``) from the range of that row; ``linear_static`` with the
+``act_scale`` and ``act_zero_point`` given (none: symmetric). Both as :mod:`qkit.numerics.affine`
+does; a row that is not finite gives NaN.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
 
 from qkit.packing import packed_words
 from qkit.spec.granularity import ceil_div
@@ -42,7 +41,10 @@ SCHEMAS = {
     "linear_dynamic": f"({_LINEAR}, int act_bits, bool act_symmetric) -> Tensor",
     "linear_static": f"({_LINEAR}, int act_bits, Tensor act_scale, Tensor? act_zero_point) "
     "-> Tensor",
-    # [B, C, H, W] -> [B, N, H', W'], K = C / groups * kernel[0] * kernel[1]; zero padding
+    # [B, C, *size] -> [B, N, *size'] with zero padding, K = C / groups * prod(kernel): a row of the
+    # weight is an output channel, transposed or not
+    "convolution": f"({_LINEAR}, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+    "int groups, bool transposed, int[] output_padding) -> Tensor",
     "conv2d": f"({_LINEAR}, int[2] kernel, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
     # the float matrix [N, columns]
@@ -116,28 +118,6 @@ def linear_fake(
     check_float(x, "linear")
     check_weight("linear", weight, scale, x.shape[-1], bits, group)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def conv2d_fake(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group: int,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    """Shape, dtype and memory format of ``conv2d``: those of torch's own."""
-    check_float(x, "conv2d")
-    channels = x.shape[-3] // groups
-    check_weight("conv2d", weight, scale, channels * kernel[0] * kernel[1], bits, group)
-    float_weight = x.new_empty((weight.shape[0], channels, *kernel))
-    return conv2d(x, float_weight, None, stride, padding, dilation, groups)
 
 
 def dequantize_fake(
@@ -261,7 +241,6 @@ FAKES: dict[str, Callable[..., Tensor]] = {
     "linear_codebook": linear_codebook_fake,
     "linear_dynamic": linear_dynamic_fake,
     "linear_static": linear_static_fake,
-    "conv2d": conv2d_fake,
     "dequantize": dequantize_fake,
     "dequantize_codebook": dequantize_codebook_fake,
     "embedding": embedding_fake,

@@ -16,6 +16,9 @@ dimensions flattened. With ``G = ceil(columns / group)`` (1 per channel; ``[1, 1
 =======================  ======  ====================================================
 
 The names are those of the compressed-tensors formats ``int-quantized`` and ``pack-quantized``.
+
+Rows are output channels. A transposed convolution's float weight, ``[in, out / groups, ...]``, has
+them second, so it is stored *turned*, as ``[out, in / groups, ...]``: see :func:`turn`.
 """
 
 from __future__ import annotations
@@ -46,6 +49,19 @@ class Stored:
 def matrix_shape(shape: Shape) -> tuple[int, int]:
     """``[rows, columns]`` of a weight of ``shape``."""
     return shape[0], math.prod(shape[1:])
+
+
+def turn(weight: Tensor, groups: int) -> Tensor:
+    """``[in, out / groups, ...]`` as ``[out, in / groups, ...]``, or the other way round.
+
+    Channels of one group stay together; with one group it is a transposition.
+
+    >>> turn(torch.empty(6, 2, 5), 3).shape
+    torch.Size([6, 2, 5])
+    >>> turn(torch.empty(6, 2, 5), 1).shape
+    torch.Size([2, 6, 5])
+    """
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _check_format(spec: QSpec) -> None:

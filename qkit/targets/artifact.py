@@ -26,7 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from qkit.errors import InputError, RequestError
+from qkit.packing.store import turn
 from qkit.spec import FP32, Int, PerChannel, PerGroup, PerTensor, PerToken, QSpec
 from qkit.spec.plain import show, take
 from qkit.targets import COMPRESSED, LOWERED
@@ -47,13 +50,31 @@ MAX_WEIGHT = 1 << 48
 @dataclass(frozen=True)
 class LayerFacts:
     """How a quantized layer is stored: its class, the shape and dtype of its weight, the spec of
-    the weight, and that of its input where it is quantized too."""
+    the weight, and that of its input where it is quantized too.
+
+    ``shape`` is the stored one; ``turned`` are the groups by which it is turned
+    (:func:`qkit.packing.store.turn`), 0 where the float weight has that very shape.
+    """
 
     kind: str
     shape: tuple[int, ...]
     dtype: str
     spec: QSpec
     acts: QSpec | None = None
+    turned: int = 0
+
+    @property
+    def float_shape(self) -> tuple[int, ...]:
+        """The shape of the weight of the float layer."""
+        if not self.turned:
+            return self.shape
+        rows, columns, *kernel = self.shape
+        return columns * self.turned, rows // self.turned, *kernel
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """The values ``[rows, columns]`` in the shape of the float layer's weight."""
+        weight = matrix.reshape(self.shape)
+        return turn(weight, self.turned) if self.turned else weight
 
 
 @dataclass(frozen=True)
@@ -162,13 +183,23 @@ def _items(data: object, kind: type) -> list[tuple[str, Any]]:
 
 
 def _layer(data: dict[str, Any]) -> LayerFacts:
-    kinds = {"class": str, "shape": list, "dtype": str, "spec": dict, "input": object}
-    kind, shape, dtype, spec, acts = take(data, "layer", kinds)
+    kinds: dict[str, type] = {
+        "class": str,
+        "shape": list,
+        "dtype": str,
+        "spec": dict,
+        "input": object,
+    }
+    if "turned" in data:  # by transposed convolutions only
+        kinds["turned"] = int
+    kind, shape, dtype, spec, acts, *turned = take(data, "layer", kinds)
     if dtype not in FLOATS:
         raise InputError("not the dtype of a weight", got=show(dtype), wanted=", ".join(FLOATS))
     whole = len(shape) >= 2 and all(type(n) is int and n > 0 for n in shape)
     if not whole or math.prod(shape) > MAX_WEIGHT:
         raise InputError("not the shape of a weight", got=show(shape))
+    if turned and (turned[0] < 1 or shape[0] % turned[0]):
+        raise InputError("not the groups of a transposed convolution", got=show(turned[0]))
     weight, given = QSpec.from_json(spec), None if acts is None else QSpec.from_json(acts)
     fmt, granularity = weight.format, weight.granularity
     rows = granularity in (PerTensor(), PerChannel(0))
@@ -178,7 +209,7 @@ def _layer(data: dict[str, Any]) -> LayerFacts:
         raise InputError("no layer has such a weight", got=weight.describe())
     if given is not None and not is_input(given):
         raise InputError("no layer has such an input", got=given.describe())
-    return LayerFacts(kind, tuple(shape), dtype, weight, given)
+    return LayerFacts(kind, tuple(shape), dtype, weight, given, *turned)
 
 
 def is_input(spec: QSpec) -> bool:

@@ -30,7 +30,7 @@ from torch import nn
 
 from qkit.errors import MissingExtraError, RequestError, VerificationError
 from qkit.nn import Entry, QLayer
-from qkit.numerics import QTensor, dequantize
+from qkit.numerics import QTensor
 from qkit.spec import FP12_E5M6, FP16, Float, Scheme, parse
 from qkit.targets.staging import staged_file
 
@@ -116,7 +116,7 @@ def write_gguf(model: nn.Module, path: str | Path, *, name: str = "model") -> di
         if isinstance(module, QLayer):
             key, kind = f"{prefix}.weight".lstrip("."), block_type(module)
             q = module.qtensor()
-            values[key] = dequantize(q).reshape(module.weight_size).cpu().numpy()
+            values[key] = module.values(torch.float32).cpu().numpy()
             if kind is None:
                 told[key] = f"F32: {module.spec.describe()} of this shape has no exact block type"
             else:

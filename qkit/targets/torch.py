@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ from qkit.targets.weights import (
 )
 
 Into = nn.Module | Callable[[], nn.Module]
-LAYERS = {layer.__name__: (layer, kind) for kind, layer in QUANTIZED.items()}
+LAYERS = {layer.__name__: layer for layer in QUANTIZED.values()}
 
 
 def load(path: str | Path, into: Into | None = None) -> nn.Module:
@@ -155,20 +154,20 @@ def _fill(model: nn.Module, artifact: Artifact, tensors: dict[str, Tensor]) -> n
             unpack(name, facts, tensors, floats)
             continue
         old = _module(model, name, artifact)
-        layer, kind = LAYERS[facts.kind]
         _check_shape(name, old, facts)
-        if type(old) is kind:
-            if id(old) not in made:  # one module at several paths stays one module
-                if lacks := layer.lacks(Scheme(facts.spec, facts.acts)):
-                    raise InputError(
-                        f"{facts.kind} {lacks}", where=str(artifact.path / META), got=name
-                    )
-                made[id(old)] = layer(cast(Any, old), facts.spec, facts.acts)
-            replacements[name] = made[id(old)]
-        else:
-            # A bare state dict does not tell its layers' classes: what has no quantized form is
-            # float again, the same tensor for all that share the codes.
+        layer = QUANTIZED.get(type(old))
+        lacks = layer and layer.lacks(Scheme(facts.spec, facts.acts))
+        if lacks and layer is LAYERS[facts.kind]:
+            raise InputError(f"{facts.kind} {lacks}", where=str(artifact.path / META), got=name)
+        # A bare state dict does not tell its layers' classes: the codes are those of any class that
+        # stores its weight so. What has no quantized form is float again, the same tensor for all
+        # that share the codes.
+        if layer is None or lacks or layer.unfit(old) or layer.turned(old) != facts.turned:
             unpack(name, facts, tensors, floats)
+            continue
+        if id(old) not in made:  # one module at several paths stays one module
+            made[id(old)] = layer(old, facts.spec, facts.acts)
+        replacements[name] = made[id(old)]
     model = swap(model, replacements)
     _assign(model, _closed(tensors, closed), artifact)
     return model
@@ -219,9 +218,11 @@ def _module(model: nn.Module, name: str, artifact: Artifact) -> nn.Module:
 
 def _check_shape(name: str, module: nn.Module, facts: LayerFacts) -> None:
     weight = module._parameters.get("weight")
-    if weight is None or weight.shape != facts.shape:
+    if weight is None or weight.shape != facts.float_shape:
         shape = "" if weight is None else f" {tuple(weight.shape)}"
-        raise _another(name, type(module).__name__ + shape, f"a weight of shape {facts.shape}")
+        raise _another(
+            name, type(module).__name__ + shape, f"a weight of shape {facts.float_shape}"
+        )
 
 
 def _another(name: str, got: str, wanted: str) -> InputError:

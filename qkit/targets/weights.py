@@ -59,6 +59,7 @@ def describe_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any
             "spec": layer.spec.to_json(),
             "input": layer.acts and layer.acts.to_json(),
         }
+        | ({"turned": layer.turned_by} if layer.turned_by else {})
         for name, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, QLayer)
     }
@@ -146,7 +147,7 @@ def unpack(
     first = id(next(iter(stored.values())))
     if first not in floats:
         q = from_tensors(stored, facts.spec, name=name)
-        floats[first] = dequantize(q, getattr(torch, facts.dtype)).reshape(facts.shape)
+        floats[first] = facts.as_weight(dequantize(q, getattr(torch, facts.dtype)))
     prefix = f"{name}." if name else ""
     for key in stored:
         del tensors[prefix + key]

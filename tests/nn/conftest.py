@@ -17,7 +17,21 @@ from qkit.spec import QSpec, parse
 
 def _codes(layer: nn.Module, scheme: str | QSpec) -> QTensor:
     spec = parse(scheme).weight if isinstance(scheme, str) else scheme
-    return rtn(layer.weight.detach().flatten(1), spec)
+    return rtn(QUANTIZED[type(layer)].rows(layer).detach().flatten(1), spec)
+
+
+def _float_weight(layer: nn.Module, q: QTensor, dtype: torch.dtype) -> Tensor:
+    """Written out, unlike the turning of qkit."""
+    values = dequantize(q, dtype)
+    if not isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return values.reshape(layer.weight.shape)
+    weight = torch.empty(layer.weight.shape, dtype=dtype)
+    per, inputs = layer.out_channels // layer.groups, layer.in_channels // layer.groups
+    for out in range(layer.out_channels):
+        g = out // per
+        rows = values[out].reshape(inputs, *layer.kernel_size)
+        weight[g * inputs : (g + 1) * inputs, out % per] = rows
+    return weight
 
 
 @pytest.fixture
@@ -33,11 +47,17 @@ def quantized() -> Callable[[nn.Module, str | QSpec], QLayer]:
 
 
 @pytest.fixture
+def float_weight() -> Callable[[nn.Module, QTensor, torch.dtype], Tensor]:
+    """(float layer, codes, dtype) -> the values of the codes as that layer's weight."""
+    return _float_weight
+
+
+@pytest.fixture
 def reference() -> Callable[[nn.Module, str | QSpec], nn.Module]:
     """(float layer, scheme) -> the float64 layer whose weight was rounded to ``scheme``."""
 
     def build(layer: nn.Module, scheme: str | QSpec) -> nn.Module:
-        weight = dequantize(_codes(layer, scheme), torch.float64).reshape(layer.weight.shape)
+        weight = _float_weight(layer, _codes(layer, scheme), torch.float64)
         new = copy.deepcopy(layer).double()
         new.weight = nn.Parameter(weight)
         return new

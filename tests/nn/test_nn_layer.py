@@ -12,14 +12,19 @@ from torch.export import Dim
 
 from qkit import ops
 from qkit.nn import QUANTIZED, QLinear
-from qkit.numerics import dequantize
 from qkit.packing import tensor_specs, to_tensors
 from qkit.spec import BF16, FP16, Int, PerChannel, PerGroup, QSpec, parse
 
 LAYERS = {
     "linear": (lambda **options: nn.Linear(33, 5, **options), (3, 33)),
     "conv2d": (lambda **options: nn.Conv2d(4, 6, 3, padding=1, **options), (2, 4, 7, 6)),
+    "conv1d": (lambda **options: nn.Conv1d(4, 6, 3, groups=2, **options), (2, 4, 7)),
+    "transposed": (
+        lambda **options: nn.ConvTranspose2d(4, 6, 3, 2, groups=2, **options),
+        (2, 4, 5, 3),
+    ),
 }
+OPERATORS = {"linear": "qkit::linear"}
 SCHEMES = ["w8a16", "w8a16-g8-asym", "w4a16-g8", "w3a16-channel-asym", "w5a16-tensor"]
 CASTS = {
     "half": lambda m: m.half(),
@@ -113,9 +118,9 @@ def test_only_the_bias_learns(kind, quantized):
 @every_kind
 @every_scheme
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_weight_is_the_dequantized_weight(kind, scheme, dtype, quantized, codes):
+def test_weight_is_the_dequantized_weight(kind, scheme, dtype, quantized, codes, float_weight):
     layer = float_layer(kind).to(dtype)
-    want = dequantize(codes(layer, scheme), dtype).reshape(layer.weight.shape)
+    want = float_weight(layer, codes(layer, scheme), dtype)
     new = quantized(layer, scheme)
     assert new.weight.dtype == dtype
     assert torch.equal(new.weight, want)
@@ -142,7 +147,8 @@ def test_qtensor_gives_back_what_from_float_took(kind, scheme, codes, quantized)
 @every_scheme
 def test_state_dict_is_the_stored_layout(kind, scheme, quantized, codes):
     layer = float_layer(kind)
-    want = to_tensors(codes(layer, scheme), tuple(layer.weight.shape)) | {"bias": layer.bias}
+    shape = tuple(QUANTIZED[type(layer)].rows(layer).shape)
+    want = to_tensors(codes(layer, scheme), shape) | {"bias": layer.bias}
     state = quantized(layer, scheme).state_dict()
     assert state.keys() == want.keys()
     for name, tensor in want.items():
@@ -395,7 +401,7 @@ def test_the_operator_that_runs_is_counted(kind, quantized):
     with ops.count_calls() as calls:
         layer(example(kind))
     assert sum(calls.values()) == 1
-    assert all(name.startswith(f"qkit::{kind}") for name in calls)
+    assert all(name.startswith(OPERATORS.get(kind, "qkit::convolution")) for name in calls)
 
 
 # Reading

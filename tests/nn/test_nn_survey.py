@@ -56,12 +56,19 @@ class Leaf(nn.Module):
         self.table = nn.Parameter(torch.ones(3, 2))
 
 
+class Renormalised(nn.Embedding):
+    """Rows of another length."""
+
+    def forward(self, input):  # noqa: A002
+        return nn.functional.normalize(super().forward(input), dim=-1)
+
+
 class LanguageModel(nn.Module):
     """A head on the weight of the embedding."""
 
-    def __init__(self) -> None:
+    def __init__(self, table=nn.Embedding) -> None:
         super().__init__()
-        self.emb, self.fc = nn.Embedding(9, 4), nn.Linear(4, 4)
+        self.emb, self.fc = table(9, 4), nn.Linear(4, 4)
         self.head = nn.Linear(4, 9, bias=False)
         self.head.weight = self.emb.weight
 
@@ -110,7 +117,39 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str | None]]] = {
     ),
     "tied to an embedding": (
         LanguageModel,
-        {"emb": "Embedding", "fc": None, "head": "shares its weight with emb (Embedding)"},
+        {"emb": None, "fc": None, "head": None},
+    ),
+    "tied to an embedding of another kind": (
+        lambda: LanguageModel(Renormalised),
+        {"emb": "subclass", "fc": None, "head": "shares its weight with emb (Renormalised)"},
+    ),
+    "tied turned": (
+        lambda: tied(nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3)),
+        {
+            "0": "shares its weight with 1 (ConvTranspose2d)",
+            "1": "shares its weight with 0 (Conv2d)",
+        },
+    ),
+    "tied and turned alike": (
+        lambda: tied(nn.ConvTranspose2d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3, stride=2)),
+        {"0": None, "1": None},
+    ),
+    "tables": (
+        lambda: nn.Sequential(
+            nn.Embedding(5, 3, padding_idx=1, sparse=True, scale_grad_by_freq=True),
+            nn.EmbeddingBag(5, 3, mode="max"),
+            nn.Embedding(5, 3, max_norm=1.0),
+            nn.EmbeddingBag(5, 3, max_norm=1.0),
+        ),
+        {"0": None, "1": None, "2": "max_norm", "3": "max_norm"},
+    ),
+    "convolutions": (
+        lambda: nn.Sequential(
+            *(nn.Conv1d(2, 3, 3), nn.Conv3d(2, 3, 3)),
+            *(kind(2, 3, 3) for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d)),
+            nn.ConvTranspose3d(2, 3, 3),
+        ),
+        dict.fromkeys("01234"),
     ),
     "tied before a subclass": (
         lambda: tied(nn.Linear(4, 4), Scaled(4, 4)),
@@ -200,8 +239,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str | None]]] = {
         {f"{n}.weight_{part}_l0": None for n in "01" for part in ("ih", "hh")},
     ),
     "other layers": (
-        lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.ConvTranspose2d(2, 3, 3), nn.PReLU()),
-        {"0": "Conv1d", "1": "ConvTranspose2d", "2": "PReLU"},
+        lambda: nn.Sequential(nn.Bilinear(2, 3, 3), nn.PReLU()),
+        {"0": "Bilinear", "1": "PReLU"},
     ),
     "own parameters": (Mixed, {"": "Mixed itself", "fc": None}),
     "a leaf of its own": (Leaf, {"": "no quantized form of Leaf"}),
@@ -307,8 +346,18 @@ def test_a_shared_parameter_counts_at_its_first_owner():
 
 
 def test_a_tie_to_a_float_layer_is_not_a_tie():
-    entries = {entry.name: entry for entry in survey(LanguageModel())}
+    entries = {entry.name: entry for entry in survey(LanguageModel(Renormalised))}
     assert all(entry.tied_to is None for entry in entries.values())
+    assert entries["head"].parameters == 0
+
+
+def test_a_tie_between_a_table_and_a_layer():
+    entries = {entry.name: entry for entry in survey(LanguageModel())}
+    assert {name: entry.tied_to for name, entry in entries.items()} == {
+        "emb": None,
+        "fc": None,
+        "head": "emb",
+    }
     assert entries["head"].parameters == 0
 
 

@@ -60,7 +60,10 @@ def test_modules_are_in_the_order_of_the_state_dict():
         ({"weight": (5, 3), "bias": (5,)}, nn.Linear),
         ({"weight": (5, 3, 2, 2)}, nn.Conv2d),
         ({"weight": (5, 3, 1, 4), "bias": (5,)}, nn.Conv2d),
-        ({"weight": (5, 3, 2)}, None),
+        ({"weight": (5, 3, 2)}, nn.Conv1d),
+        ({"weight": (5, 3, 2), "bias": (5,)}, nn.Conv1d),
+        ({"weight": (5, 3, 2, 1, 4)}, nn.Conv3d),
+        ({"weight": (5, 3, 2, 1, 4, 2)}, None),
         ({"weight": (5,), "bias": (5,)}, None),
         ({"weight": ()}, None),
         ({"weight": (5, 3), "bias": (3,)}, None),
@@ -115,7 +118,20 @@ def test_an_empty_weight(shape):
 )
 def test_embeddings_are_known_by_name(name):
     (entry,) = survey(tree({f"{name}.weight": floats(5, 3)}))
-    assert entry.reason == "an embedding, by its name"
+    assert entry.reason is None
+    assert type(entry.module) is nn.Embedding
+    assert (entry.module.num_embeddings, entry.module.embedding_dim) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind"),
+    [({"weight": (5, 3), "bias": (5,)}, nn.Linear), ({"weight": (5, 3, 2, 2)}, nn.Conv2d)],
+)
+def test_what_is_named_after_an_embedding_but_is_none(shapes, kind):
+    state = {f"embeddings.patch_embedding.{name}": floats(*shape) for name, shape in shapes.items()}
+    (entry,) = survey(tree(state))
+    assert type(entry.module) is kind
+    assert entry.reason is None
 
 
 @pytest.mark.parametrize(
@@ -131,7 +147,10 @@ def test_other_names_are_no_embeddings(name):
     [
         ("fc", "Linear", None),
         ("emb", "Linear", None),
-        ("fc", "Embedding", "no quantized form of Embedding yet"),
+        ("fc", "Embedding", None),
+        ("fc", "EmbeddingBag", None),
+        ("fc", "ConvTranspose1d", "its tensors do not tell in how many groups its channels are"),
+        ("fc", "Bilinear", "a Bilinear is opened where the model is in memory, not as tensors"),
         ("fc", "Conv1D", "a Conv1D is opened where the model is in memory, not as tensors"),
         ("fc", "MyExperts", "a MyExperts is opened where the model is in memory, not as tensors"),
         ("bn", "BatchNorm2d", "normalisation stays in float"),
@@ -144,11 +163,12 @@ def test_kinds_override_guesses(name, kind, reason):
 
 def test_a_kind_that_does_not_fit_is_not_forced():
     (entry,) = survey(tree({"fc.weight": floats(5, 3)}, {"fc": "Conv2d"}))
-    assert entry.reason == "its tensors are not those of a Conv2d"
+    assert entry.reason == "its tensors are not those of a layer of the class Conv2d"
 
 
 def test_kinds_of_other_modules_are_ignored():
-    assert survey(tree({"fc.weight": floats(5, 3)}, {"other": "Embedding"}))[0].reason is None
+    (entry,) = survey(tree({"fc.weight": floats(5, 3)}, {"other": "Embedding"}))
+    assert type(entry.module) is nn.Linear
 
 
 # Ties
