@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from qkit.errors import CoverageError
-from qkit.flows.ptq import Progress, check_damage, check_tensors, copied, no_progress, underflow
+from qkit.flows.ptq import Progress, check_damage, check_tensors, copied, no_progress
+from qkit.flows.rows import underflow
 from qkit.numerics import CastLoss, cast
 from qkit.report import LayerRow
 from qkit.report.metrics import sqnr_db

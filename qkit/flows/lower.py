@@ -30,8 +30,9 @@ from qkit.flows.evaluate import (
     new_report,
 )
 from qkit.flows.pt2e import convert, resolve
-from qkit.flows.ptq import Progress, left_row, no_progress, quantize_module, quantized_row
+from qkit.flows.ptq import Progress, no_progress, quantize_module
 from qkit.flows.quantize import AUTO
+from qkit.flows.rows import left_row, quantized_row
 from qkit.flows.runtime import FLOAT, judge, run_fresh
 from qkit.flows.save import check_budgets, head, write_report
 from qkit.graph import Dialect, capture

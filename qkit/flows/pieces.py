@@ -14,15 +14,8 @@ from torch import Tensor
 
 from qkit.flows.casts import cast_row, cast_rows
 from qkit.flows.check import NO_SUMS, sums, weight_output
-from qkit.flows.ptq import (
-    check_damage,
-    join,
-    notes,
-    quantized_row,
-    short_group,
-    underflow,
-    zeroed,
-)
+from qkit.flows.ptq import check_damage
+from qkit.flows.rows import join, notes, quantized_row, short_group, underflow, zeroed
 from qkit.models.checkpoint import BLOCK, Checkpoint
 from qkit.nn import Entry, QLayer
 from qkit.numerics import (

@@ -13,13 +13,24 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from qkit.algorithms import CALIBRATED, DATA_FREE, Stats
 from qkit.errors import CoverageError, InputError, UsageError, nearest
 from qkit.flows.calibrate import collect, input_qparams, passes
+from qkit.flows.rows import (
+    exact_input,
+    join,
+    left_row,
+    notes,
+    quantized_row,
+    short_group,
+    tied_row,
+    underflow,
+    zeroed,
+)
 from qkit.models import Inputs
 from qkit.nn import QUANTIZED, Entry, QLayer, open_modules, opening, survey, swap
 from qkit.nn.computed import detached
 from qkit.nn.open import gone
-from qkit.numerics import QParams, QTensor, check_finite, dequantize
+from qkit.numerics import QParams, check_finite, dequantize
 from qkit.report import LayerRow, tensor_sqnr_db
-from qkit.spec import QSpec, Recipe, Rule, Scheme
+from qkit.spec import Recipe, Rule, Scheme
 
 Progress = Callable[[int, int, str], None]
 
@@ -319,65 +330,6 @@ def _quantize_layer(
     return quantized.from_float(module, q, scheme.input, input_qparams), row
 
 
-def notes(*parts: str | None) -> str | None:
-    """The remarks of a row as one."""
-    return "; ".join(filter(None, parts)) or None
-
-
-def exact_input(asked: Scheme, done: Scheme) -> str | None:
-    """That only the weight of a layer follows the scheme that was asked for."""
-    return None if asked == done else "its input is indices: the weight alone is quantized"
-
-
-def join(name: str, leaf: str) -> str:
-    """The full name of a tensor of the module ``name``."""
-    return f"{name}.{leaf}" if name else leaf
-
-
-def quantized_row(
-    entry: Entry,
-    scheme: str,
-    algorithm: str,
-    bits_per_weight: float,
-    sqnr_db: float | None,
-    note: str | None,
-) -> LayerRow:
-    """The row of a module that is quantized."""
-    return LayerRow(
-        entry.name,
-        entry.kind,
-        entry.shape,
-        entry.parameters,
-        scheme=scheme,
-        algorithm=algorithm,
-        bits_per_weight=round(bits_per_weight, 4),
-        sqnr_db=sqnr_db if sqnr_db is None else round(sqnr_db, 3),
-        note=note,
-    )
-
-
-def tied_row(entry: Entry, scheme: str | None, first: LayerRow) -> LayerRow:
-    """The row of a module whose weight is that of the module of the row ``first``."""
-    return replace(
-        first,
-        name=entry.name,
-        kind=entry.kind,
-        scheme=scheme,
-        parameters=entry.parameters,
-        note=f"tied to {entry.tied_to}",
-    )
-
-
-def short_group(q: QTensor) -> str | None:
-    """A group size that does not divide the row is legal, and said."""
-    size, columns = q.spec.group_size, q.shape[1]
-    if size == 0 or columns % size == 0:
-        return None
-    if columns < size:
-        return f"one group of {columns} a row"
-    return f"last group of each row has {columns % size}"
-
-
 def _no_data(rule: Rule, algorithm: str, stats: Stats | None) -> str | None:
     """Why an algorithm that learns from data did not."""
     if algorithm == rule.algorithm:
@@ -385,18 +337,3 @@ def _no_data(rule: Rule, algorithm: str, stats: Stats | None) -> str | None:
     if stats is None:
         return f"{algorithm}: its rows are looked up, there are no inputs to learn from"
     return f"{algorithm}: no calibration data reached it"
-
-
-def zeroed(weight: Tensor, decoded: Tensor, spec: QSpec) -> int:
-    """How many values a cast without a scale lost; those that are too large, it refuses."""
-    return int(((decoded == 0) & (weight != 0)).sum()) if spec.is_cast else 0
-
-
-def underflow(lost: int) -> str | None:
-    """What a row says of them."""
-    return f"{lost} values became zero" if lost else None
-
-
-def left_row(entry: Entry, reason: str | None) -> LayerRow:
-    """The row of a module that stays in float."""
-    return LayerRow(entry.name, entry.kind, entry.shape, entry.parameters, reason=reason)

@@ -26,13 +26,7 @@ from qkit.flows.evaluate import (
     new_report,
 )
 from qkit.flows.export import save_compressed_tensors, save_gguf
-from qkit.flows.ptq import (
-    Obstacle,
-    Progress,
-    no_obstacle,
-    no_progress,
-    quantize_module,
-)
+from qkit.flows.ptq import Obstacle, Progress, no_obstacle, no_progress, quantize_module
 from qkit.flows.save import check_budgets, save
 from qkit.models import Inputs, Loaded, from_npz, infer, parse_input_spec, run
 from qkit.models import load as load_model

@@ -30,8 +30,9 @@ from qkit.flows.evaluate import (
     for_dtype,
     new_report,
 )
-from qkit.flows.ptq import Plan, Progress, left_row, no_progress, plan_layers, quantized_row
+from qkit.flows.ptq import Plan, Progress, no_progress, plan_layers
 from qkit.flows.quantize import AUTO, Request, default_output, request_inputs
+from qkit.flows.rows import left_row, quantized_row
 from qkit.flows.save import check_budgets, complete, head
 from qkit.flows.verify import verify_runtime
 from qkit.models import Inputs, Loaded, run
