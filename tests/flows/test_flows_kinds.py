@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import qkit
 from qkit.flows import Request, quantize_file, stream_file
 from qkit.nn import QLayer, QLinear, tree
+from qkit.nn.open import opened_like
 from qkit.targets.artifact import WEIGHTS
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -185,6 +186,7 @@ def test_a_table_and_its_head_share_their_codes(build, table, scheme, tmp_path, 
 def test_generate_gives_the_tokens_of_the_dequantized_model(build, scheme):
     model = build()
     qmodel, _ = qkit.quantize(model, scheme, latency=False)
+    model = opened_like(model, qmodel)
     for name, layer in qmodel.named_modules():
         if isinstance(layer, QLayer):
             model.get_submodule(name).weight = nn.Parameter(layer.weight)
