@@ -2,9 +2,10 @@
 
 The runtime rounds the same values to the same codes as the converted program in torch, but sums in
 another order; a sum that lies between two codes may fall to the other side, and such a difference
-spreads. What quantization itself changed is the natural measure: the artifact is the converted
-program if it differs from it by no more noise than the converted program differs from the float
-model (:data:`MAX_DRIFT`), or by the rounding of floats (:data:`~qkit.flows.verify.BOUNDS`).
+spreads. ONNX Runtime's LSTM even takes ranges for the part of the batch that a thread has. What
+quantization itself changed is the natural measure, because two roundings of the same values that
+know nothing of each other differ by twice the noise of one: more than that (:data:`MAX_DRIFT`) is
+another program, unless it is the rounding of floats (:data:`~qkit.flows.verify.BOUNDS`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from qkit.targets.backend import Backend, backend
 from qkit.targets.weights import read_tensors, save_tensors
 
 # Noise power of the artifact against the converted program, over that of quantization itself.
-MAX_DRIFT = 1.0
+MAX_DRIFT = 2.0
 FLOAT = "float"
 
 

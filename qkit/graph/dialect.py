@@ -57,7 +57,7 @@ DIALECTS = {
     dialect.name: dialect
     for dialect in (
         # ONNX Runtime fuses dequantize, operator, quantize; on x86 its kernels take uint8.
-        Dialect("onnx", UINT8, True, True, _ALL | {"LSTM"}, _LINEAR | {"LSTM"}),
+        Dialect("onnx", UINT8, True, True, _ALL | {"LSTM", "Upsample"}, _LINEAR | {"LSTM"}),
         # TensorRT's explicit quantization has no zero points, and its biases are floats.
         Dialect("tensorrt", NARROW, False, False, _LAYERS | _MOVES | {"Add"}, frozenset()),
         # oneDNN, through Inductor's fusions, which look for uint8 inputs.

@@ -34,6 +34,7 @@ _KINDS = {
     "mul_": Kind("Mul", "binary"),
     "cat": Kind("Concat", "alike"),
     "max_pool2d": Kind("MaxPool2d", "same"),
+    "upsample_nearest2d": Kind("Upsample", "same"),
     "flatten": Kind("Flatten", "same"),
     "view": Kind("Reshape", "same"),
     "reshape": Kind("Reshape", "same"),

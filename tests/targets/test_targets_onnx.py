@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -22,7 +24,7 @@ from qkit.numerics import dequantize
 from qkit.report import compare
 from qkit.spec import Recipe, parse
 from qkit.targets.onnx import BACKEND
-from qkit.targets.onnx.operators import nbits_tensors, with_nbits
+from qkit.targets.onnx.operators import from_blob, nbits_tensors, to_blob, with_nbits
 from qkit.targets.onnx.runtime import audit, load, probe
 from qkit.targets.onnx.tensorrt import check_rules
 from qkit.targets.onnx.write import write
@@ -58,6 +60,16 @@ def test_nbits_blobs_decoded_one_by_one(scheme, columns):
                 zero = 8 if zeros is None else int(zeros[row, block // 2]) >> 4 * (block % 2) & 15
             value = (code - zero) * float(scales[row, block])
             assert value == pytest.approx(float(weight[row, column]), rel=1e-6, abs=1e-9)
+
+
+@given(st.integers(1, 9), st.integers(1, 33), st.sampled_from((4, 8)), st.integers(0, 2**32 - 1))
+def test_blobs_are_inverted(rows, columns, bits, seed):
+    values = torch.randint(
+        0, 1 << bits, (rows, columns), generator=torch.Generator().manual_seed(seed)
+    ).to(torch.uint8)
+    blob = to_blob(values, bits)
+    assert blob.shape == (rows, -(-columns * bits // 8))
+    assert torch.equal(from_blob(blob, bits)[:, :columns], values)
 
 
 @pytest.mark.parametrize("scheme", ["w4a16-g16", "w4a16-g32-asym", "w8a16-g16", "w8a16-g32-asym"])
@@ -113,6 +125,30 @@ def test_a_file_of_weights_is_a_quarter(tmp_path):
         BACKEND.export(done, tmp_path / "int8.onnx")
         sizes = [(tmp_path / name).stat().st_size for name in ("int8.onnx", "float.onnx")]
         assert sizes[0] / sizes[1] < 0.27
+
+
+class UNet(nn.Module):
+    """Two scales, with a concatenation on the way up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.deep = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 7, 3, padding=1)
+        self.pool, self.up = nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
+        self.out = nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = self.down(x).relu()
+        b = self.up(self.deep(self.pool(a)).relu())
+        return self.out(torch.cat([a, b], 1))
+
+
+def test_nothing_is_converted_between_the_layers_of_a_u_net(tmp_path):
+    x = torch.randn(8, 3, 8, 8)
+    done = specialized(convert(UNet().eval(), "int8-static", x))
+    BACKEND.export(done, tmp_path / "m.onnx")
+    found = audit(tmp_path / "m.onnx", 3)
+    assert (found.ran, found.left, found.floating) == (3, 0, {})
+    assert close(load(tmp_path / "m.onnx", 1)((x,), {})[0], done.module(x))
 
 
 class Recurrent(nn.Module):

@@ -80,3 +80,18 @@ def test_every_row_is_complete(name):
 def test_the_table_imports_no_torch():
     code = "import sys, qkit.targets; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expressed"),
+    [
+        *((name, True) for name in ("int8-static", "int8-dynamic", "w4a16-g32", "w8a16-g128-asym")),
+        *((name, False) for name in ("w8a16", "w4a8-g32", "w8a8-asym", "w4a16-g24", "nf4", "fp16")),
+    ],
+)
+def test_onnx_takes_int8_activations_and_weights_in_blocks(scheme, expressed):
+    assert ("onnx" in targets_of(parse(scheme))) == expressed
+    if not expressed:
+        with pytest.raises(RequestError, match="no kernels for this scheme") as caught:
+            check("onnx", parse(scheme))
+        assert caught.value.exit_code == 7

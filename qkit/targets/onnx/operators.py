@@ -63,10 +63,10 @@ def matmul_nbits(
     if level == 4:
         acts = QSpec(Int(8, narrow=True), PerGroup(block), True, "dynamic")
         x = fake_quantize(x, choose_qparams(x, acts), acts)
-    values = _from_blob(codes, bits).float()
+    values = from_blob(codes, bits).float()
     middle = 1 << (bits - 1)
     if zero_points is not None:
-        values = values - _from_blob(zero_points, bits)[:, : scales.shape[1], None]
+        values = values - from_blob(zero_points, bits)[:, : scales.shape[1], None]
     else:
         values = values - middle
     weight = (values * scales[..., None]).flatten(1)[:, :columns]
@@ -88,7 +88,7 @@ def _(
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-def _to_blob(values: Tensor, bits: int) -> Tensor:
+def to_blob(values: Tensor, bits: int) -> Tensor:
     """uint8 values along the last axis, two of 4 bits in a byte, the first in the low half."""
     if bits == 8:
         return values
@@ -96,7 +96,8 @@ def _to_blob(values: Tensor, bits: int) -> Tensor:
     return even[..., ::2] | (even[..., 1::2] << 4)
 
 
-def _from_blob(blob: Tensor, bits: int) -> Tensor:
+def from_blob(blob: Tensor, bits: int) -> Tensor:
+    """The inverse of :func:`to_blob`, up to a value that filled the last byte."""
     if bits == 8:
         return blob
     return torch.stack([blob & 15, blob >> 4], -1).flatten(-2)
@@ -116,9 +117,9 @@ def nbits_tensors(layer: QLinear) -> dict[str, Tensor | None]:
     blocks = codes.to(torch.uint8).unflatten(1, (-1, block))
     zero = q.qparams.zero_point
     if zero is not None:
-        zero = _to_blob((zero.to(torch.int16) + middle).to(torch.uint8), bits)
+        zero = to_blob((zero.to(torch.int16) + middle).to(torch.uint8), bits)
     return {
-        "codes": _to_blob(blocks, bits).contiguous(),
+        "codes": to_blob(blocks, bits).contiguous(),
         "scales": q.qparams.scale.float(),
         "zero_points": zero,
     }
