@@ -6,6 +6,7 @@ several threads may each work on one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from threading import Event, Lock
 
@@ -89,8 +90,12 @@ class Pieces:
         self.source, self.weights, self.checks = source, weights, checks
         self._exact = exact
         self._lock = Lock()
-        self.read_bytes = 0
+        self.read_bytes, self.earlier_bytes = 0, 0
         self.stop = Event()
+
+    def reached(self) -> float:
+        """How much of the source is read, in this run and earlier ones; infinity at the end."""
+        return math.inf if self.stop.is_set() else self.earlier_bytes + self.read_bytes
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""

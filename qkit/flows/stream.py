@@ -12,18 +12,17 @@ a kill; the artifact is then, byte for byte, the one that the whole run would ha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from qkit.errors import InputError, UsageError
 from qkit.flows.choose import obstacle, source_bytes
 from qkit.flows.evaluate import fill_weight_error, new_report
+from qkit.flows.hashing import hashing
 from qkit.flows.pieces import SAMPLE, Pieces
 from qkit.flows.ptq import Progress, no_progress
 from qkit.flows.quantize import Request, destination, resolve_request
@@ -34,7 +33,7 @@ from qkit.flows.work import Work, plan_work
 from qkit.models.architecture import Architecture, architecture_of
 from qkit.models.checkpoint import BLOCK, open_checkpoint
 from qkit.models.factory import spread
-from qkit.models.loaded import Source, facts_of
+from qkit.models.loaded import Source
 from qkit.models.sniff import FOLDER
 from qkit.report import LayerRow, Report, coverage, row_from_json, versions
 from qkit.targets.artifact import CHECK, write_meta
@@ -104,10 +103,7 @@ def stream_file(
     resumed = _resumed(out, origin, told) if resume else None
     if not resume and any(read_journal(folder) for folder in left_behind(out)):
         told("a killed run had written a part: --resume would have gone on with it")
-    with (
-        staged(out, overwrite=request.overwrite, resumed=resumed) as folder,
-        _hashing(source.files, workers) as hashes,
-    ):
+    with staged(out, overwrite=request.overwrite, resumed=resumed) as folder:
         again = resumed is not None
         weights = ShardWriter(folder, work.stored, shard_bytes, again=again)
         checks = TensorFile(folder / CHECK, work.checks, again=again)
@@ -115,12 +111,13 @@ def stream_file(
         journal = Journal(folder, origin)
         if again:
             told(f"resumed: {len(journal.done)} of {len(work.jobs)} tensors are written already")
-        report.layers = _run(work, pieces, journal, workers, progress)
+        with hashing(source.files, workers, pieces.reached) as facts:
+            report.layers = _run(work, pieces, journal, workers, progress)
+            about = Source(request.path, source.kind, facts(), source.notes)
         report.coverage = coverage(report.layers)
         fill_weight_error(report, NOT_RUN if exact else f"{NOT_RUN}; {SAMPLED}")
         check_budgets(report, min_sqnr=request.min_sqnr)
         seconds = time.perf_counter() - start
-        about = Source(request.path, source.kind, _facts(hashes), source.notes)
         _check_unchanged(source.files, origin["source"])
         if source.kind == FOLDER:
             copy_config(Path(request.path), folder)
@@ -165,21 +162,6 @@ def _check_unchanged(files: Sequence[Path], stamps: dict[str, list[int]]) -> Non
         raise InputError("the source was changed while it was read", where=", ".join(changed))
 
 
-@contextmanager
-def _hashing(files: Sequence[Path], workers: int) -> Iterator[list[Future[dict[str, Any]]]]:
-    """The facts of the source's files, found by threads that end with the block."""
-    stop = Event()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            yield [pool.submit(facts_of, [path], stop) for path in files]
-        finally:
-            stop.set()
-
-
-def _facts(hashes: list[Future[dict[str, Any]]]) -> dict[str, Any]:
-    return {name: facts for each in hashes for name, facts in each.result().items()}
-
-
 def _run(
     work: Work,
     pieces: Pieces,
@@ -193,7 +175,7 @@ def _run(
         for stored in work.jobs[name].writes:
             pieces.weights.written(stored)
     sizes = {name: pieces.source.entries[name].nbytes for name in work.jobs}
-    earlier, total = sum(sizes[name] for name in rows), max(1, sum(sizes.values()))
+    pieces.earlier_bytes, total = sum(sizes[name] for name in rows), max(1, sum(sizes.values()))
     todo = {n: partial(job.run, pieces) for n, job in work.jobs.items() if n not in rows}
     committed = time.monotonic()
     with closing(finished(todo, workers, pieces.stop)) as results:
@@ -205,7 +187,8 @@ def _run(
                 pieces.sync()
                 journal.commit()
                 committed = time.monotonic()
-            progress(min(earlier + pieces.read_bytes, total), total, result[0] if result else "")
+            read = min(pieces.earlier_bytes + pieces.read_bytes, total)
+            progress(read, total, result[0] if result else "")
     progress(total, total, "")
     pieces.weights.finish()
     return work.rows(rows)

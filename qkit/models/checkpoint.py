@@ -8,6 +8,7 @@ file and into memory of ours. Nothing is mapped, so nothing stays resident.
 from __future__ import annotations
 
 import json
+import mmap
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,9 @@ from qkit.models.sniff import FOLDER, PICKLE, SAFETENSORS, sniff, weight_files
 
 # Values in a block of rows, where nothing else is asked for: what the caches of a processor hold.
 BLOCK = 1 << 20
+
+# Bytes from which memory is taken from the system itself.
+LARGE = 1 << 18
 
 # The types of safetensors, in the order in which its library lays tensors out in a file.
 DTYPES = {
@@ -79,10 +83,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         meta = self.entries[name].meta
-        values = torch.empty(meta.shape, dtype=meta.dtype)
-        for start, block in self.blocks(name, max(meta.numel(), 1)):
-            (values[start : start + len(block)] if meta.dim() else values).copy_(block)
-        return values
+        if meta.numel() == 0:
+            return torch.empty(meta.shape, dtype=meta.dtype)
+        return self._strided(name)
 
     def blocks(self, name: str, values: int, buffer: Tensor | None = None) -> Iterator[Any]:
         """``(start, rows)`` for consecutive rows of a tensor, about ``values`` values at a time.
@@ -111,9 +114,7 @@ class Checkpoint(Mapping[str, Tensor]):
         """``count`` bytes of a tensor, as uint8."""
         entry = self.entries[name]
         fits = buffer is not None and buffer.numel() >= count
-        memory = (
-            buffer[:count] if buffer is not None and fits else torch.empty(count, dtype=torch.uint8)
-        )
+        memory = buffer[:count] if buffer is not None and fits else _memory(count)
         view, done = memory.numpy().data, 0
         try:
             with entry.path.open("rb", buffering=0) as file:
@@ -127,6 +128,17 @@ class Checkpoint(Mapping[str, Tensor]):
         if done < count:
             raise InputError("the file is truncated", where=f"{entry.path}: {name}")
         return memory
+
+
+def _memory(count: int) -> Tensor:
+    """``count`` bytes; if they are many, they go back to the system as soon as they are given up.
+
+    Of malloc's, what lies between pieces in use stays with the process: with tensors of many sizes,
+    several times the largest.
+    """
+    if count < LARGE:
+        return torch.empty(count, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, count), dtype=torch.uint8)
 
 
 def row_blocks(tensor: Tensor, values: int) -> Iterator[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,15 @@ def test_a_progress_bar_is_for_terminals(monkeypatch):
         with progress_bar("quantizing", enabled=enabled) as update:
             update(1, 2, "layer")
         assert bool(stream.getvalue()) == shown
+
+
+def test_a_progress_bar_of_bytes_shows_their_speed(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    with progress_bar("quantizing", count_bytes=True) as update:
+        for read in (1, 2, 3):
+            update(read * 1_000_000, 4_000_000, "layer")
+            time.sleep(0.01)  # a speed needs two moments
+    assert "3.0/4.0 MB" in terminal.getvalue()
+    assert "MB/s" in terminal.getvalue()

@@ -52,6 +52,10 @@ def state() -> dict[str, Tensor]:
         "größe.重み.weight": torch.randn(5, 3).half(),
         "empty.weight": torch.empty(0, 3),
         "wide.weight": torch.randn(9, 4).double(),
+        "lstm.weight_ih_l0": torch.randn(28, 9),
+        "lstm.weight_hh_l0": torch.randn(28, 7),
+        "lstm.bias_ih_l0": torch.randn(28),
+        "lstm.bias_hh_l0": torch.randn(28),
         "fp8.weight": torch.randn(9, 4).to(torch.float8_e4m3fn),
     }
 

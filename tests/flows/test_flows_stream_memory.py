@@ -27,7 +27,7 @@ def peak(folder: Path, gb: str, kind: str) -> int:
 def test_peak_memory(tmp_path: Path) -> None:
     small = peak(tmp_path / "s", "0.1", "safetensors")
     for kind in ("safetensors", "pt"):
-        large = peak(tmp_path / kind, "0.6", kind)
-        # The base is Python with torch; of a checkpoint six times as large, nothing more stays.
+        large = peak(tmp_path / kind, "1", kind)
+        # The base is Python with torch; of a checkpoint ten times as large, nothing more stays.
         assert large < small + (100 << 20)
-        assert large < 1 << 30
+        assert large < 512 << 20  # as the README says
