@@ -36,6 +36,11 @@ threads_option = click.option(
 seed_option = click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of generated inputs."
 )
+runtime_cache_option = click.option(
+    "--runtime-cache",
+    is_flag=True,
+    help="Convolutions keep their weights in float between calls: faster, for the memory.",
+)
 architecture_options = options(
     click.option(
         "--model",

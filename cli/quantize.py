@@ -12,6 +12,7 @@ from qkit.cli.common import (
     json_option,
     progress_bar,
     quiet_option,
+    runtime_cache_option,
     seed_option,
     set_threads,
     size_bytes,
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
     "MODULE:FUNCTION, which returns batches.",
 )
 @architecture_options
+@runtime_cache_option
 @click.option(
     "--stream/--no-stream",
     default=None,
@@ -158,6 +160,8 @@ def command(
         raise UsageError(
             "--shard-size, --workers and --resume are for a run that streams", got="--no-stream"
         )
+    if options["runtime_cache"] and backend != "qkit":
+        raise UsageError("--runtime-cache is for qkit's own layers", got=f"--backend {backend}")
     if (stream or streaming) and backend != "qkit":
         raise UsageError("--stream is for qkit's own quantization", got=f"--backend {backend}")
     request = Request(path=path, input=input_spec, **options)

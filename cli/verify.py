@@ -9,6 +9,7 @@ from qkit.cli.common import (
     json_option,
     print_json,
     quiet_option,
+    runtime_cache_option,
     set_threads,
     threads_option,
 )
@@ -23,6 +24,7 @@ from qkit.cli.common import (
     help="Of an .onnx file: tensorrt checks the rules of TensorRT's explicit quantization.",
 )
 @architecture_options
+@runtime_cache_option
 @threads_option
 @json_option
 @quiet_option
@@ -33,6 +35,7 @@ def command(
     dialect: str | None,
     model: str | None,
     trust_pickle: bool,
+    runtime_cache: bool,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -46,7 +49,12 @@ def command(
 
     set_threads(threads)
     result = verify(
-        artifact, model=model, source=source, trust_pickle=trust_pickle, dialect=dialect
+        artifact,
+        model=model,
+        source=source,
+        trust_pickle=trust_pickle,
+        dialect=dialect,
+        runtime_cache=runtime_cache,
     )
     if as_json:
         print_json(result)

@@ -106,6 +106,7 @@ def obstacle(request: Request, recipe: Recipe) -> QkitError | None:
         "--input": request.input,
         "--calib": request.calib,
         "--dry-run": request.dry_run,
+        "--runtime-cache": request.runtime_cache,
     }
     if names := [name for name, value in given.items() if value]:
         return UsageError(

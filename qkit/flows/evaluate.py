@@ -198,10 +198,10 @@ def _why_slow(report: Report, speedup: float, model: nn.Module) -> str:
             f", because the reference operators ({', '.join(plain)}) unpack their weights to float "
             "at every call; what is won is size and memory"
         )
-    elif any(name.startswith("qkit::convolution") for name in report.kernels):
+    elif any(n.startswith("qkit::convolution") and "kept" not in n for n in report.kernels):
         text += (
             ", because convolutions unpack their weights at every call and leave the arithmetic to "
-            "torch; what is won is size and memory"
+            "torch; what is won is size and memory (--runtime-cache keeps the weights unpacked)"
         )
     elif report.target == QUANTO:
         text += (

@@ -86,6 +86,7 @@ def _options(request: Request) -> dict[str, Any]:
     for option, value, default in (
         ("--format", request.format, "qkit"),
         ("--group-size", request.group_size, None),
+        ("--runtime-cache", request.runtime_cache, False),
     ):
         if value != default:
             raise UsageError(f"{option} is for --target torch", got=f"{option} {value}")

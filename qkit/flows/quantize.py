@@ -30,7 +30,7 @@ from qkit.flows.ptq import Obstacle, Progress, no_obstacle, no_progress, quantiz
 from qkit.flows.save import check_budgets, save
 from qkit.models import Inputs, Loaded, from_npz, infer, parse_input_spec, run
 from qkit.models import load as load_model
-from qkit.nn import tree
+from qkit.nn import keep_floats, tree
 from qkit.report import Report
 from qkit.spec import Float, Recipe, Scheme, parse
 from qkit.targets import COMPRESSED, GGUF, check_format, compressed_tensors, gguf
@@ -98,6 +98,7 @@ def quantize(
     calib: str | Path | AnyInputs | None = None,
     algorithm: str = AUTO,
     in_place: bool = False,
+    runtime_cache: bool = False,
     target: str = "torch",
     latency: bool = True,
     progress: Progress = no_progress,
@@ -111,7 +112,8 @@ def quantize(
     first layer where that works. ``calib`` is such inputs too, or an .npz file, but real ones: the
     algorithm may learn from them. ``algorithm`` is ``rtn`` (round to nearest), ``gptq`` (needs
     ``calib``) or ``auto``: ``gptq`` for fewer than 8 bits where there is ``calib``, else ``rtn``.
-    ``model`` is not changed unless ``in_place``.
+    ``model`` is not changed unless ``in_place``. ``runtime_cache`` lets convolutions keep their
+    weights in float between calls.
 
     Raises :class:`~qkit.errors.UsageError` for an unknown scheme, algorithm or name,
     :class:`~qkit.errors.RequestError` if the target cannot express the scheme,
@@ -143,6 +145,7 @@ def quantize(
         few(given),
         calib=given if calib is not None else None,
         in_place=in_place,
+        runtime_cache=runtime_cache,
         latency=latency,
         progress=progress,
         start=start,
@@ -157,6 +160,7 @@ def _quantize(
     *,
     calib: Inputs | None,
     in_place: bool,
+    runtime_cache: bool,
     latency: bool,
     progress: Progress,
     start: float,
@@ -175,6 +179,11 @@ def _quantize(
             model, recipe, calib=calib, in_place=in_place, progress=progress, obstacle=obstacle
         )
     report = new_report(scheme, "torch", recipe, rows)
+    if runtime_cache:
+        megabytes = keep_floats(qmodel) / 1e6
+        report.remarks.append(
+            f"runtime cache: convolutions keep their weights in float, {megabytes:.1f} MB of memory"
+        )
     report.size_bytes = {
         "source": float_bytes,
         "artifact": sum(t.numel() * t.element_size() for t in qmodel.state_dict().values()),
@@ -222,6 +231,7 @@ class Request:
     dialect: str | None = None
     accuracy_level: int = 0
     dynamic: tuple[str, ...] = ()
+    runtime_cache: bool = False
 
 
 def resolve_request(request: Request) -> tuple[Scheme, Recipe]:
@@ -288,6 +298,7 @@ def quantize_file(
         inputs,
         calib=data if request.calib else None,
         in_place=False,
+        runtime_cache=request.runtime_cache,
         latency=not request.dry_run,
         progress=progress,
         start=start,

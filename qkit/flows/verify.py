@@ -48,6 +48,7 @@ def verify(
     source: str | Path | None = None,
     trust_pickle: bool = False,
     dialect: str | None = None,
+    runtime_cache: bool = False,
 ) -> dict[str, Any]:
     """Check the files of the artifact ``path``, then run it in a fresh process.
 
@@ -57,6 +58,7 @@ def verify(
     An artifact of another target is run by that target's runtime. ``path`` may also be an .onnx
     file, which is loaded and run on made-up inputs, or, with the ``dialect`` "tensorrt", held
     against the rules of TensorRT's explicit quantization.
+    ``runtime_cache`` as :func:`qkit.load` takes it.
 
     Returns ``status`` "verified", ``level`` (model or layers), ``runtime``, ``fresh_process``,
     ``bit_identical``, ``max_rel_error`` and a list of ``checks``; for each way in which the whole
@@ -68,10 +70,14 @@ def verify(
     if Path(path).suffix in SUFFIXES:
         from qkit.flows.runtime import verify_file
 
+        if runtime_cache:
+            raise _no_cache(path)
         return verify_file(Path(path), SUFFIXES[Path(path).suffix], dialect=dialect)
     if dialect is not None:
         raise UsageError("a dialect is that of an .onnx file", got=str(path))
     artifact = read_artifact(path)
+    if runtime_cache and artifact.meta.get("target") in LOWERED:
+        raise _no_cache(path)
     if artifact.meta.get("target") in (COMPRESSED, QUANTO):
         raise RequestError(
             f"a {artifact.meta['target']} folder carries no outputs to verify it with",
@@ -86,9 +92,14 @@ def verify(
     _ = artifact.layers, artifact.aliases, artifact.buffers  # also what no way below reads
     reference = expected(artifact)
     ways = _ways(artifact, reference, bool(model or source))
-    outputs, facts = fresh_process(_job(artifact, ways, model, source, trust_pickle), artifact)
+    job = _job(artifact, ways, model, source, trust_pickle) | {"runtime_cache": runtime_cache}
+    outputs, facts = fresh_process(job, artifact)
     runtime = f"torch {torch.__version__}, eager"
     return _result(ways, reference, outputs, artifact, runtime) | facts
+
+
+def _no_cache(path: str | Path) -> UsageError:
+    return UsageError("the runtime cache is that of --target torch", where=str(path))
 
 
 def verify_runtime(

@@ -7,6 +7,7 @@ loads, runs the stored inputs, and writes what came out; the parent compares. A 
 ``ways``      what to try: ``module`` (qkit.load), ``program`` (the exported graph),
               ``layers``, ``transformers`` (its own from_pretrained), ``quanto`` (requantize)
 ``model``     package.module:factory or null        ``source``  a model file for the architecture
+``runtime_cache``  for ``module``
 ``trust_pickle``  for ``source``                    ``threads`` as in the parent
 ``out``       where to write the outputs
 ``runtime``   instead, a target of the PT2E flow (:func:`qkit.flows.runtime.work`), and ``rival``
@@ -74,7 +75,11 @@ def _do(job: dict[str, Any]) -> None:
         elif way == "program":
             model = load_program(artifact, read_weights(artifact))
         else:
-            model = load(artifact.path, into=_architecture(job))
+            model = load(
+                artifact.path,
+                into=_architecture(job),
+                runtime_cache=job.get("runtime_cache", False),
+            )
         facts[f"{way}_load_seconds"] = round(time.perf_counter() - start, 3)
         results = run(model, inputs_of(artifact))
         facts[f"{way}_first_output_seconds"] = round(time.perf_counter() - start, 3)

@@ -7,6 +7,7 @@ from qkit.nn.conv import QConv3d as QConv3d
 from qkit.nn.conv import QConvTranspose1d as QConvTranspose1d
 from qkit.nn.conv import QConvTranspose2d as QConvTranspose2d
 from qkit.nn.conv import QConvTranspose3d as QConvTranspose3d
+from qkit.nn.conv import keep_floats as keep_floats
 from qkit.nn.embedding import QEmbedding as QEmbedding
 from qkit.nn.embedding import QEmbeddingBag as QEmbeddingBag
 from qkit.nn.layer import QLayer as QLayer

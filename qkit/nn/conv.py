@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from qkit import ops
 from qkit.nn.layer import CODES, QLayer
 from qkit.ops import eager
+from qkit.ops.reference import work_dtype
 from qkit.spec import QSpec
 
 
@@ -25,6 +26,8 @@ class QConv(QLayer):
 
     dimensions: ClassVar[int]
     transposed: ClassVar[bool] = False
+    # Keep the dequantized weight between calls: the speed of the float layer for its memory.
+    runtime_cache: bool = False
 
     def __init__(self, layer: Any, spec: QSpec, acts: QSpec | None = None) -> None:
         super().__init__(layer, spec, acts)
@@ -43,7 +46,7 @@ class QConv(QLayer):
         plain = layer.padding_mode == "zeros" and pad[::2] == pad[1::2]
         self._before = list(pad[::-2]) if plain else None
         self._none = [0] * self.dimensions
-        self._kept = eager.Kept()
+        self._kept, self._floats = eager.Kept(), eager.Kept()
 
     @staticmethod
     def input_vectors(layer: Any, x: Tensor) -> Tensor:
@@ -74,6 +77,8 @@ class QConv(QLayer):
         self, x: Tensor, padding: list[int], output_padding: Sequence[int] | None = None
     ) -> Tensor:
         own = self._buffers
+        if self.runtime_cache and not torch.compiler.is_compiling():
+            return self._by_kept_weight(x, padding, output_padding or self._none)
         given: tuple[Any, ...] = (
             x,
             own[CODES if self.bits == 8 else "weight_packed"],
@@ -89,6 +94,42 @@ class QConv(QLayer):
             if done is not None:
                 return done
         return ops.convolution(*given)
+
+    def _by_kept_weight(
+        self, x: Tensor, padding: list[int], output_padding: Sequence[int]
+    ) -> Tensor:
+        """What the operator computes, by the float weight that is kept."""
+        own, work = self._buffers, work_dtype(x)
+        bias: Tensor | None = self._parameters["bias"]
+        stored = (
+            own[CODES if self.bits == 8 else "weight_packed"],
+            own["weight_scale"],
+            own.get("weight_zero_point"),
+        )
+        weight = eager.kept_floats(self._floats, stored, work, lambda: self.values(work))
+        narrow = x.dtype is not work
+        if bias is not None and bias.dtype is not work:
+            bias = bias.to(work)
+        y = torch.convolution(
+            x.to(work) if narrow else x,
+            weight,
+            bias,
+            *(self.stride, padding, self.dilation, self.transposed),
+            *(output_padding, self.groups),
+        )
+        return y.to(x.dtype) if narrow else y
+
+
+def keep_floats(model: nn.Module) -> int:
+    """Let every quantized convolution of ``model`` keep its weight in float between calls.
+
+    Returns the bytes that this takes in fp32, once the layers have run. Other layers have kernels
+    that need no floats.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QConv)]
+    for layer in layers:
+        layer.runtime_cache = True
+    return sum(4 * math.prod(layer.weight_size) for layer in layers)
 
 
 class QConvTranspose(QConv):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Kept:
 
     def __init__(self) -> None:
         # One attribute, set at once: other threads may call the layer.
-        self.of: tuple[tuple | None, native.Stored | None] = (None, None)
+        self.of: tuple[tuple | None, Any] = (None, None)
 
     def __deepcopy__(self, memo: dict) -> Kept:
         return Kept()
@@ -128,6 +129,20 @@ def embedding(
     if rows is not None and counters:
         count("embedding", library.isa())
     return rows
+
+
+def kept_floats(
+    kept: Kept, tensors: tuple[Tensor | None, ...], dtype: torch.dtype, make: Callable[[], Tensor]
+) -> Tensor:
+    """What ``make`` gives, from the call before if none of the stored ``tensors`` has changed."""
+    key = (dtype, *map(_identity, tensors))
+    known, floats = kept.of
+    if key != known:
+        floats = make()
+        kept.of = key, floats
+    if counters:
+        count("convolution", "kept weight")
+    return floats
 
 
 def _found(

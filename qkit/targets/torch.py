@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qkit.errors import InputError, QkitError, UsageError
 from qkit.models import skeleton
 from qkit.models.folder import read_config
-from qkit.nn import QUANTIZED, QLayer, open_modules, opening, swap
+from qkit.nn import QUANTIZED, QLayer, keep_floats, open_modules, opening, swap
 from qkit.nn.names import closed_name
 from qkit.spec import Scheme
 from qkit.targets.artifact import (
@@ -41,7 +41,7 @@ Into = nn.Module | Callable[[], nn.Module]
 LAYERS = {layer.__name__: layer for layer in QUANTIZED.values()}
 
 
-def load(path: str | Path, into: Into | None = None) -> nn.Module:
+def load(path: str | Path, into: Into | None = None, *, runtime_cache: bool = False) -> nn.Module:
     """The quantized model of the artifact (or the folder of optimum-quanto) ``path``, in eval mode.
 
     ``into`` is the architecture: a function (or class) that returns the float model, called on
@@ -49,11 +49,19 @@ def load(path: str | Path, into: Into | None = None) -> nn.Module:
     architecture is rebuilt from a Hugging Face configuration in the artifact, or its
     ``torch.export`` program is used. A ``--model`` factory that the artifact names is not called:
     that would let a data file choose what code to run. What of a folder of optimum-quanto becomes
-    a quantized layer is said in :mod:`qkit.targets.quanto`.
+    a quantized layer is said in :mod:`qkit.targets.quanto`. ``runtime_cache`` lets convolutions
+    keep their weights in float (:func:`qkit.nn.keep_floats`); a program has no layers for that.
 
     Raises :class:`~qkit.errors.InputError` if the folder is not an artifact, or a tensor is
     missing, unexpected or misshapen; :class:`~qkit.errors.UsageError` if ``into`` is needed.
     """
+    model = _load(path, into)
+    if runtime_cache:
+        keep_floats(model)
+    return model
+
+
+def _load(path: str | Path, into: Into | None) -> nn.Module:
     if map_of(path) is not None:
         return _load_quanto(Path(path), into)
     artifact = read_artifact(path)

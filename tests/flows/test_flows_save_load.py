@@ -152,16 +152,28 @@ def test_a_tie_is_kept_where_a_layer_has_no_quantized_form(tmp_path, same_proces
             self.a, self.b = nn.Embedding(10, 8), nn.Embedding(10, 8)
             self.b.weight = self.a.weight
 
+    class Shifted(nn.Embedding):
+        """A class that has no quantized form."""
+
+    class Others(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Shifted(10, 8), Shifted(10, 8)
+            self.b.weight = self.a.weight
+
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
 
     both = qkit.load(tmp_path / "out", into=Embeddings)
-    assert both.a.weight is both.b.weight
+    assert both.a.stored_weight is both.b.stored_weight  # the codes of a Linear are a table's too
+    others = qkit.load(tmp_path / "out", into=Others)
+    assert others.a.weight is others.b.weight
     mixed = qkit.load(tmp_path / "out", into=Mixed)
     assert isinstance(mixed.b, QLayer)
-    for weight in (both.a.weight, mixed.a.weight, mixed.b.weight):
+    assert mixed.a.stored_weight is mixed.b.stored_weight
+    for weight in (both.a.weight, others.a.weight, mixed.a.weight, mixed.b.weight):
         torch.testing.assert_close(weight, state["a.weight"], atol=0.03, rtol=0)
 
 
