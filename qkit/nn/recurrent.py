@@ -42,6 +42,10 @@ def _relu(x: Tensor, h: Tensor, state: State) -> State:
     return ((x + h).relu(),)
 
 
+# A graph of torch.export has every step of every layer in it. Recording this many takes some ten
+# seconds; with more, a model has no program.
+MAX_RECORDED = 256
+
 # From the projections of the input and of the hidden state, and the state, to the next state.
 STEPS: dict[str, Callable[[Tensor, Tensor, State], State]] = {
     "LSTM": _lstm,
@@ -152,6 +156,12 @@ class OpenRecurrent(Opened):
         self, data: Tensor, initial: State, sizes: Sequence[int] | None
     ) -> tuple[Tensor, State]:
         """All layers: ``data`` is ``[T, B, features]``, or packed ``[sum(sizes), features]``."""
+        steps = len(data if sizes is None else sizes) * len(initial[0])
+        if torch.compiler.is_exporting() and steps > MAX_RECORDED:
+            raise RuntimeError(
+                f"an opened {self.opened_from} is recorded step by step, and {steps} steps (of all "
+                f"layers) are more than {MAX_RECORDED}"
+            )
         states: list[State] = []
         for layer in range(self.num_layers):
             if layer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from qkit.flows import Request, quantize_file, stream_file
 from qkit.nn import Opened, QConv2d, QLayer, QLinear, survey
 from qkit.spec import parse
 from qkit.targets import compressed_tensors, gguf
-from qkit.targets.artifact import WEIGHTS, read_artifact, write_meta
+from qkit.targets.artifact import PROGRAM, WEIGHTS, read_artifact, write_meta
 
 
 @pytest.fixture(params=MODELS)
@@ -168,6 +169,18 @@ def test_hooks_and_ties_survive_opening():
     seen.clear()
     qmodel(x)
     assert len(seen) == 2
+
+
+def test_a_long_sequence_has_no_program_and_is_verified_all_the_same(tmp_path, same_process):
+    x = torch.randn(2, 300, 3)
+    make = partial(nn.GRU, 3, 4, batch_first=True)
+    qmodel, report = qkit.quantize(make(), "w8a16", inputs=x, latency=False)
+    qkit.save(qmodel, tmp_path / "out", inputs=x, report=report)
+    assert not (tmp_path / "out" / PROGRAM).exists()
+    assert any("300 steps" in remark for remark in report.remarks)
+    assert report.verification["status"] == "verified"
+    loaded = qkit.load(tmp_path / "out", into=make)
+    assert torch.equal(outputs(loaded, (x,))[0], outputs(qmodel, (x,))[0])
 
 
 def test_it_is_quantized_in_place():

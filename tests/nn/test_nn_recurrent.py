@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from qkit.nn import opening
+from qkit.nn.recurrent import MAX_RECORDED
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:dropout option adds dropout:UserWarning",
@@ -192,6 +193,14 @@ def test_torch_export_of_an_opened_module(name, reverse):
         x = torch.randn(n, 4, 5)
         with torch.no_grad():
             assert_same(program(x), module(x), 8)
+
+
+def test_torch_export_of_many_steps_is_refused_at_once():
+    opened = opening(nn.GRU(5, 7, 2, bidirectional=True, batch_first=True)).module.eval()
+    most = MAX_RECORDED // 4
+    opened(torch.randn(1, most + 1, 5))
+    with pytest.raises(RuntimeError, match=f"{4 * most + 4} steps .* are more than {MAX_RECORDED}"):
+        torch.export.export(opened, (torch.randn(1, most + 1, 5),))
 
 
 def test_torch_compile_of_an_opened_module():
