@@ -18,6 +18,7 @@ from qkit.nn.attention import OpenAttention
 from qkit.nn.bilinear import OpenBilinear
 from qkit.nn.computed import computed_by, detached, is_computing, settled
 from qkit.nn.experts import OpenExperts, is_experts
+from qkit.nn.lookup import OpenLookup, is_subclass
 from qkit.nn.opened import Opened, linear, obstacle
 from qkit.nn.recurrent import OpenCell, OpenRecurrent
 from qkit.nn.swap import swap
@@ -78,6 +79,8 @@ def _opener(module: nn.Module) -> tuple[Callable[[Any], nn.Module], set[str]] | 
     cls = OPENED.get(kind) or (OpenExperts if is_experts(module) else None)
     if cls is not None:
         return cls, cls.tensors_of(module)
+    if is_subclass(module):
+        return OpenLookup, OpenLookup.tensors_of(module)
     if f"{kind.__module__}.{kind.__qualname__}" == _TRANSPOSED:
         return _transposed, {"weight", "bias"}
     return None

@@ -63,6 +63,11 @@ class Renormalised(nn.Embedding):
         return nn.functional.normalize(super().forward(input), dim=-1)
 
 
+def rescaling(rows: int, columns: int) -> nn.Embedding:
+    """A table that changes at each lookup."""
+    return nn.Embedding(rows, columns, max_norm=1.0)
+
+
 class LanguageModel(nn.Module):
     """A head on the weight of the embedding."""
 
@@ -121,7 +126,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str | None]]] = {
     ),
     "tied to an embedding of another kind": (
         lambda: LanguageModel(Renormalised),
-        {"emb": "subclass", "fc": None, "head": "shares its weight with emb (Renormalised)"},
+        {"emb.table": None, "fc": None, "head": None},
+    ),
+    "tied to an embedding in float": (
+        lambda: LanguageModel(rescaling),
+        {"emb": "max_norm", "fc": None, "head": "shares its weight with emb (Embedding)"},
     ),
     "tied turned": (
         lambda: tied(nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3)),
@@ -346,7 +355,7 @@ def test_a_shared_parameter_counts_at_its_first_owner():
 
 
 def test_a_tie_to_a_float_layer_is_not_a_tie():
-    entries = {entry.name: entry for entry in survey(LanguageModel(Renormalised))}
+    entries = {entry.name: entry for entry in survey(LanguageModel(rescaling))}
     assert all(entry.tied_to is None for entry in entries.values())
     assert entries["head"].parameters == 0
 
