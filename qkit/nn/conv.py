@@ -21,7 +21,8 @@ class QConv(QLayer):
     """Base of the convolutions. Input ``[B, C, *size]`` or ``[C, *size]`` in any float dtype.
 
     An output channel's weights are one row of ``in / groups * prod(kernel)`` values, on which the
-    scales of a per-channel scheme and the groups of a per-group scheme lie.
+    scales of a per-channel scheme and the groups of a per-group scheme lie. Narrow floats and
+    codebooks have no operator of their own here: they are dequantized, and torch's is called.
     """
 
     dimensions: ClassVar[int]
@@ -77,8 +78,8 @@ class QConv(QLayer):
         self, x: Tensor, padding: list[int], output_padding: Sequence[int] | None = None
     ) -> Tensor:
         own = self._buffers
-        if self.runtime_cache and not torch.compiler.is_compiling():
-            return self._by_kept_weight(x, padding, output_padding or self._none)
+        if self.spec.by_table or (self.runtime_cache and not torch.compiler.is_compiling()):
+            return self._by_float_weight(x, padding, output_padding or self._none)
         given: tuple[Any, ...] = (
             x,
             own[CODES if self.bits == 8 else "weight_packed"],
@@ -95,18 +96,18 @@ class QConv(QLayer):
                 return done
         return ops.convolution(*given)
 
-    def _by_kept_weight(
+    def _by_float_weight(
         self, x: Tensor, padding: list[int], output_padding: Sequence[int]
     ) -> Tensor:
-        """What the operator computes, by the float weight that is kept."""
+        """What the operator computes, by the float weight, which may be kept."""
         own, work = self._buffers, work_dtype(x)
         bias: Tensor | None = self._parameters["bias"]
-        stored = (
-            own[CODES if self.bits == 8 else "weight_packed"],
-            own["weight_scale"],
-            own.get("weight_zero_point"),
-        )
-        weight = eager.kept_floats(self._floats, stored, work, lambda: self.values(work))
+        if self.runtime_cache and not torch.compiler.is_compiling():
+            names = CODES if self.bits == 8 else "weight_packed", "weight_scale"
+            stored = tuple(own.get(n) for n in (*names, "weight_zero_point", "weight_levels"))
+            weight = eager.kept_floats(self._floats, stored, work, lambda: self.values(work))
+        else:
+            weight = self.values(work)
         narrow = x.dtype is not work
         if bias is not None and bias.dtype is not work:
             bias = bias.to(work)

@@ -109,8 +109,6 @@ class QLayer(nn.Module):
         """Why there is no such layer under ``scheme``; None where there is."""
         if scheme.input is not None:
             return "has no kernel with quantized activations"
-        if scheme.weight.by_table:
-            return f"has no kernel for {scheme.weight.format} weights"
         return None
 
     @classmethod

@@ -100,3 +100,39 @@ def test_gptq_learns_codes_of_a_table(scheme):
     _, learnt = qkit.quantize(net, scheme, calib=x, algorithm="gptq", latency=False)
     assert learnt.layers[0].algorithm == "gptq"
     assert learnt.error["sqnr_db"] > plain.error["sqnr_db"]
+
+
+class Convs(nn.Sequential):
+    """Convolutions of three kinds and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 9, 3, padding=1),
+            nn.ConvTranspose2d(9, 6, 3, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(6, 6, 1, groups=3, padding_mode="circular"),
+            nn.Flatten(),
+            nn.Linear(6 * 11 * 11, 5),
+        )
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "nf4-g32", "mxfp4", "fp8-e5m2-channel"])
+def test_convolutions_too(scheme, tmp_path: Path):
+    net, x = Convs().eval(), torch.randn(2, 3, 5, 5)
+    qmodel, report = qkit.quantize(net, scheme, inputs=x, latency=False)
+    assert all(row.scheme for row in report.layers)
+    qkit.save(qmodel, tmp_path / "out", inputs=x)
+    floats = Convs().eval()
+    for i in (0, 1, 3, 5):
+        floats[i].weight = nn.Parameter(qmodel[i].weight)
+        floats[i].bias = net[i].bias
+    with torch.no_grad():
+        torch.testing.assert_close(qmodel(x), floats(x), rtol=1e-5, atol=1e-5)
+        assert torch.equal(qkit.load(tmp_path / "out", into=Convs)(x), qmodel(x))
+    compiled = torch.compile(qmodel, fullgraph=True, backend="aot_eager")
+    given, same = (x.clone().requires_grad_() for _ in range(2))
+    qmodel(given).sum().backward()
+    floats(same).sum().backward()
+    torch.testing.assert_close(given.grad, same.grad, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), qmodel(x))
