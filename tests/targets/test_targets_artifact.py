@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 from qkit.errors import InputError
+from qkit.spec import parse
 from qkit.targets.artifact import (
     FORMAT_VERSION,
     META,
     REPORT,
     WEIGHTS,
+    Artifact,
+    LayerFacts,
     check_files,
     read_artifact,
     sha256,
@@ -196,3 +202,38 @@ def test_a_malformed_list_of_files(files, folder):
     (folder / META).write_text(json.dumps(meta))
     with pytest.raises(InputError, match="corrupt"):
         check_files(read_artifact(folder))
+
+
+def turned(**changes: object) -> LayerFacts:
+    """The facts of a transposed convolution ``[6, 2, 3]`` in 3 groups, as they are read."""
+    facts = {
+        "class": "QConvTranspose1d",
+        "shape": [6, 2, 3],
+        "dtype": "float32",
+        "spec": parse("w8a16").weight.to_json(),
+        "input": None,
+        "turned": 3,
+    }
+    return Artifact(Path("."), {"layers": {"up": facts | changes}}).layers["up"]
+
+
+def test_a_turned_weight():
+    facts = turned()
+    assert facts.float_shape == (6, 2, 3)
+    assert turned(turned=1).float_shape == (2, 6, 3)
+    assert turned(turned=6).float_shape == (12, 1, 3)
+    rows = torch.arange(36.0).reshape(6, 6)
+    for groups in (1, 2, 3, 6):
+        facts = turned(turned=groups)
+        weight = facts.as_weight(rows)
+        assert weight.shape == facts.float_shape
+        for out, i in itertools.product(range(6), range(2)):
+            per = 6 // groups
+            want = rows[out].reshape(2, 3)[i]
+            assert torch.equal(weight[out // per * 2 + i, out % per], want)
+
+
+@pytest.mark.parametrize("groups", [0, -1, 4, 7, True, 1.0, "1", None])
+def test_groups_that_cannot_be(groups):
+    with pytest.raises(InputError, match="layers"):
+        turned(turned=groups)
