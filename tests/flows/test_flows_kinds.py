@@ -69,7 +69,7 @@ def test_a_fresh_process_gives_the_same(scheme: str, kinds: nn.Module, tmp_path:
     assert sum(row.parameters for row in report.layers) == sum(
         p.numel() for p in kinds.parameters()
     )
-    integers = scheme not in ("w8a8", "nf4-g32")
+    integers = scheme != "w8a8"  # the others leave activations alone, and convolutions have them
     rows = {row.name: row for row in report.layers}
     for name, row in rows.items():
         conv = "conv" in name or "up" in name
