@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     "--observer",
     default="minmax",
     show_default=True,
-    help="With --target onnx: how ranges of activations are estimated: minmax, moving-average, "
-    "percentile, mse, entropy.",
+    help="With --target onnx or xnnpack: how ranges of activations are estimated: minmax, "
+    "moving-average, percentile, mse, entropy.",
 )
 @click.option(
     "--dialect",
@@ -69,7 +69,14 @@ if TYPE_CHECKING:
     "--dynamic",
     multiple=True,
     metavar="INPUT.DIM=NAME",
-    help="With --target onnx: a dimension that varies besides the batch. Repeatable.",
+    help="With --target onnx or xnnpack: a dimension that varies besides the batch. Repeatable.",
+)
+@click.option(
+    "--bound",
+    multiple=True,
+    metavar="NAME=SIZE",
+    help="With --target xnnpack: the largest size of a dimension that varies [batch=64, others "
+    "512]. Repeatable.",
 )
 @click.option("-o", "--output", type=click.Path(), help="Folder (or file) to write [NAME-SCHEME].")
 @click.option("--group-size", type=int, help="Weights that share a scale; -1 for whole rows.")
@@ -89,8 +96,8 @@ if TYPE_CHECKING:
     "--calib",
     type=click.Path(),
     metavar="FILE.npz",
-    help="Real inputs, by argument name: to learn from and to compare on. With --target onnx also "
-    "MODULE:FUNCTION, which returns batches.",
+    help="Real inputs, by argument name: to learn from and to compare on. With --target onnx "
+    "or xnnpack also MODULE:FUNCTION, which returns batches.",
 )
 @architecture_options
 @runtime_cache_option
@@ -174,10 +181,10 @@ def command(
     if lowered and (stream or streaming or backend != "qkit"):
         raise UsageError("--stream and --backend are for --target torch")
     others = {"--dialect": request.dialect, "--dynamic": request.dynamic}
-    others |= {"--accuracy-level": request.accuracy_level}
+    others |= {"--accuracy-level": request.accuracy_level, "--bound": request.bound}
     if not lowered and any(others.values()):
         wrong = ", ".join(name for name, value in others.items() if value)
-        raise UsageError("an option of another target", got=wrong, fix="--target onnx")
+        raise UsageError("an option of another target", got=wrong, fix="--target onnx or xnnpack")
     flow: Callable[..., Report] = lower_file if lowered else quanto_file
     if backend == "qkit" and not lowered:
         choice = choose(request, streamed=True if streaming else stream)

@@ -43,7 +43,7 @@ def command(
 ) -> None:
     """Check the hashes of ARTIFACT and run it again in a fresh process.
 
-    ARTIFACT may also be an .onnx file, which is loaded and run on made-up inputs.
+    ARTIFACT may also be an .onnx or .pte file, which is loaded and run on made-up inputs.
     """
     from qkit.flows import verify
 

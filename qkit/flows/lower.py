@@ -35,7 +35,7 @@ from qkit.flows.quantize import AUTO
 from qkit.flows.rows import left_row, quantized_row
 from qkit.flows.runtime import FLOAT, judge, run_fresh
 from qkit.flows.save import check_budgets, head, write_report
-from qkit.graph import Dialect, capture
+from qkit.graph import BATCH, Dialect, capture
 from qkit.graph.capture import Dims
 from qkit.graph.sites import Site
 from qkit.models import Inputs, Source, run
@@ -250,10 +250,12 @@ def _row(model: nn.Module, entry: Entry, site: Site, scheme: Scheme) -> LayerRow
 
 
 def _compared(converted: Converted, data: Data) -> Inputs:
-    """What both models are compared and timed on: the batch of the program, if that is fixed."""
+    """What both models are compared and timed on: the batch of the program, if that is fixed, or
+    no more than it takes."""
     if converted.captured.shapes is None:
         return data.first()
-    return data.head(COMPARED_SAMPLES)
+    bounds = converted.options.get("bounds") or {}
+    return data.head(min(COMPARED_SAMPLES, bounds.get(BATCH, COMPARED_SAMPLES)))
 
 
 def _bytes(module: nn.Module) -> int:

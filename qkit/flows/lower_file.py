@@ -82,6 +82,17 @@ def parse_dims(texts: Sequence[str]) -> dict[str, dict[int, str]]:
     return dims
 
 
+def parse_bounds(texts: Sequence[str]) -> dict[str, int]:
+    """``batch=16`` -> ``{"batch": 16}``."""
+    bounds = {}
+    for text in texts:
+        match = re.fullmatch(r"([A-Za-z_]\w*)=(\d+)", text)
+        if match is None:
+            raise UsageError("not the bound of a dimension", got=repr(text), wanted="NAME=SIZE")
+        bounds[match[1]] = int(match[2])
+    return bounds
+
+
 def _options(request: Request) -> dict[str, Any]:
     for option, value, default in (
         ("--format", request.format, "qkit"),
@@ -90,7 +101,9 @@ def _options(request: Request) -> dict[str, Any]:
     ):
         if value != default:
             raise UsageError(f"{option} is for --target torch", got=f"{option} {value}")
-    return {"dialect": request.dialect, "accuracy_level": request.accuracy_level}
+    options: dict[str, Any] = {"dialect": request.dialect, "accuracy_level": request.accuracy_level}
+    options["bounds"] = parse_bounds(request.bound)
+    return {name: value for name, value in options.items() if value}
 
 
 def _data(request: Request, loaded: Loaded) -> Data | Inputs:

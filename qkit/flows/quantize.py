@@ -232,6 +232,7 @@ class Request:
     accuracy_level: int = 0
     dynamic: tuple[str, ...] = ()
     runtime_cache: bool = False
+    bound: tuple[str, ...] = ()
 
 
 def resolve_request(request: Request) -> tuple[Scheme, Recipe]:

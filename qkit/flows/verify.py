@@ -33,7 +33,7 @@ BOUNDS = {
 }
 
 # The files of runtimes that are verified by themselves, and their targets.
-SUFFIXES = {".onnx": "onnx"}
+SUFFIXES = {".onnx": "onnx", ".pte": "xnnpack"}
 
 # What went wrong in the fresh process because of how it was asked, not because of the artifact.
 _REQUESTS: dict[int, type[QkitError]] = {
@@ -55,8 +55,8 @@ def verify(
     The architecture comes from ``model`` (``package.module:factory``), from ``source`` (the model
     file that was quantized), or from the artifact itself; the ``torch.export`` program, if there
     is one, is run as well. Where neither is possible, each quantized layer is run by itself.
-    An artifact of another target is run by that target's runtime. ``path`` may also be an .onnx
-    file, which is loaded and run on made-up inputs, or, with the ``dialect`` "tensorrt", held
+    An artifact of another target is run by that target's runtime. ``path`` may also be an .onnx or
+    .pte file, which is loaded and run on made-up inputs, or, with the ``dialect`` "tensorrt", held
     against the rules of TensorRT's explicit quantization.
     ``runtime_cache`` as :func:`qkit.load` takes it.
 

@@ -3,6 +3,7 @@
 Importing this package imports no torchao; :mod:`qkit.graph.annotate` does.
 """
 
+from qkit.graph.capture import BATCH as BATCH
 from qkit.graph.capture import Captured as Captured
 from qkit.graph.capture import Dims as Dims
 from qkit.graph.capture import capture as capture

@@ -106,8 +106,8 @@ class RecipeQuantizer(Quantizer):
     ) -> set[fx.Node]:
         """The nodes whose output is quantized, because what comes next computes with codes.
 
-        A layer or sum that a lone relu follows is not: the relu's output is. A convolution always
-        is, since there is no kernel that takes codes and gives floats.
+        A layer or sum that a lone relu follows is not: the relu's output is. What the dialect has
+        no kernel for that takes codes and gives floats (a convolution) always is.
         """
         if not self.dialect.outputs:
             return set()
@@ -125,9 +125,9 @@ class RecipeQuantizer(Quantizer):
                 and not _is_tail(node)
             ):
                 continue
-            conv = _starts_with_conv(node)
+            always = _starts_with(node, self.dialect.always)
             used = any(u in integer and (u in rounded or u in layers or _reads(u)) for u in users)
-            if conv or used or (kind.role != "weighted" and kind.role != "same"):
+            if always or used or (kind.role != "weighted" and kind.role != "same"):
                 rounded.add(node)
         return rounded
 
@@ -178,13 +178,13 @@ def _reads(node: fx.Node) -> bool:
     return kind is not None and kind.role in ("binary", "alike", "own")
 
 
-def _starts_with_conv(node: fx.Node) -> bool:
-    """Whether ``node`` is a convolution, or the relu behind one."""
+def _starts_with(node: fx.Node, layers: frozenset[str]) -> bool:
+    """Whether ``node`` is one of the ``layers``, or the relu behind one."""
     kind = kind_of(node)
     if kind is not None and kind.role == "tail":
         node = node.all_input_nodes[0]
         kind = kind_of(node)
-    return kind is not None and kind.name.startswith("Conv")
+    return kind is not None and kind.name in layers
 
 
 def name_observers(prepared: fx.GraphModule) -> None:

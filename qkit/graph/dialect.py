@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 from qkit.spec import Int, PerTensor, QSpec, Scheme
 
+_CONVS = frozenset({"Conv1d", "Conv2d"})
+_LINEAR = frozenset({"Linear"})
+_LAYERS = _CONVS | _LINEAR
+
 
 @dataclass(frozen=True)
 class Dialect:
@@ -21,7 +25,8 @@ class Dialect:
     only the inputs of layers and sums are quantized. With ``bias`` the bias of a layer is int32
     with the product of the scales of input and weight, which an integer kernel adds as it is, else
     float. ``kinds`` are the operators (:mod:`qkit.graph.kinds`) that have integer kernels,
-    ``dynamic`` those of them that also have one for ranges taken at each call.
+    ``dynamic`` those of them that also have one for ranges taken at each call. With ``outputs``,
+    the layers ``always`` are rounded behind, because their kernels take codes and give codes.
     """
 
     name: str
@@ -30,6 +35,7 @@ class Dialect:
     bias: bool
     kinds: frozenset[str]
     dynamic: frozenset[str]
+    always: frozenset[str] = _CONVS
 
     def input_spec(self, when: str) -> QSpec:
         """How activations are quantized: per tensor, ``when`` static or dynamic."""
@@ -47,9 +53,7 @@ class Dialect:
 
 _MOVES = frozenset({"MaxPool2d", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice",
                     "Dropout", "ReLU", "Hardtanh"})  # fmt: skip
-_LAYERS = frozenset({"Conv1d", "Conv2d", "Linear"})
 _ALL = _LAYERS | _MOVES | {"Add", "Concat", "AvgPool2d", "AdaptiveAvgPool2d", "Mean"}
-_LINEAR = frozenset({"Linear"})
 
 UINT8, INT8, NARROW = Int(8, signed=False), Int(8), Int(8, narrow=True)
 
@@ -62,6 +66,6 @@ DIALECTS = {
         Dialect("tensorrt", NARROW, False, False, _LAYERS | _MOVES | {"Add"}, frozenset()),
         # oneDNN, through Inductor's fusions, which look for uint8 inputs.
         Dialect("inductor", UINT8, True, False, _ALL - {"Conv1d"}, _LINEAR),
-        Dialect("xnnpack", INT8, True, False, _ALL | {"Mul"}, _LINEAR),
+        Dialect("xnnpack", INT8, True, False, _ALL - {"AvgPool2d"} | {"Mul"}, _LINEAR, _LAYERS),
     )
 }

@@ -11,14 +11,16 @@ from qkit.spec import Int, Scheme
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """A row of ``qkit targets``: what a target is, the extra that it needs (if any), and
-    ``expresses``, which tells whether it can run a scheme."""
+    """A row of ``qkit targets``: what a target is, the extra that it needs (if any),
+    ``expresses``, which tells whether it can run a scheme, and ``wanted``, which says in words
+    what those schemes are."""
 
     name: str
     module: str
     extra: str | None
     summary: str
     expresses: Callable[[Scheme], bool]
+    wanted: str
 
 
 def _torch_expresses(scheme: Scheme) -> bool:
@@ -36,6 +38,14 @@ def _onnx_expresses(scheme: Scheme) -> bool:
         return False
     if acts is None:
         return weight.format.bits in (4, 8) and weight.group_size in (16, 32, 64, 128, 256)
+    return _int8_expresses(scheme)
+
+
+def _int8_expresses(scheme: Scheme) -> bool:
+    """int8 weights per channel or tensor, symmetric, with int8 activations."""
+    weight, acts = scheme.weight, scheme.input
+    if not isinstance(weight.format, Int) or acts is None or scheme.output is not None:
+        return False
     bits = weight.format.bits, acts.format.bits
     return bits == (8, 8) and weight.symmetric and weight.group_size == 0
 
@@ -47,6 +57,7 @@ TARGETS = {
         None,
         "safetensors + JSON (+ a torch.export program), loaded with qkit.load",
         _torch_expresses,
+        "quantized weights (w8a16, w4a16-g128, w8a8, nf4, fp8, ...) or a cast (bf16)",
     ),
     "onnx": TargetInfo(
         "onnx",
@@ -54,6 +65,16 @@ TARGETS = {
         "onnx",
         "model.onnx with integer weights, run by ONNX Runtime",
         _onnx_expresses,
+        "int8-static, int8-dynamic, or weights of 4 or 8 bits in groups of 16 to 256 (w4a16-g32)",
+    ),
+    "xnnpack": TargetInfo(
+        "xnnpack",
+        "qkit.targets.xnnpack",
+        "xnnpack",
+        "model.pte with int8 kernels of XNNPACK, run by ExecuTorch",
+        _int8_expresses,
+        "int8-static or int8-dynamic: weights without activations have no kernel here that is "
+        "worth it",
     ),
 }
 # The targets that the PT2E flow writes (qkit.targets.backend).
@@ -139,15 +160,15 @@ def check(name: str, scheme: Scheme) -> None:
         raise RequestError(
             f"the target {name!r} has no kernels for this scheme",
             got=scheme.name,
-            wanted="int8-static, int8-dynamic, or weights of 4 or 8 bits in groups of 16 to 256",
-            fix="--scheme int8-static, int8-dynamic or w4a16-g32, or --target torch",
+            wanted=TARGETS[name].wanted,
+            fix="one of these as --scheme, or --target torch",
         )
     if not TARGETS[name].expresses(scheme):
         lacks, fix = _obstacle(scheme)
         raise RequestError(
             f"the target {name!r} {lacks}",
             got=scheme.name,
-            wanted="quantized weights (w8a16, w4a16-g128, w8a8, nf4, fp8, ...) or a cast (bf16)",
+            wanted=TARGETS[name].wanted,
             fix=fix,
         )
 

@@ -52,9 +52,10 @@ def test_onnx_rounds_everything_and_shares_across_relu_pool_and_flatten(residual
 
 def test_int8_dialects_are_uint8_shifted(residual, images):
     onnx, xnnpack = (convert(residual, STATIC, images, dialect=d) for d in ("onnx", "xnnpack"))
-    for (scale, zero, dtype), (scale8, zero8, dtype8) in zip(
-        quantizes(onnx), quantizes(xnnpack), strict=True
-    ):
+    # XNNPACK has no kernel of a linear layer that takes codes and gives floats: the last output is
+    # rounded, too.
+    *same, _ = quantizes(xnnpack)
+    for (scale, zero, dtype), (scale8, zero8, dtype8) in zip(quantizes(onnx), same, strict=True):
         assert (dtype, dtype8) == (torch.uint8, torch.int8)
         assert (scale, zero - 128) == (scale8, zero8)
 

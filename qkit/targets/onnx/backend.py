@@ -45,6 +45,8 @@ class OnnxBackend:
             raise UsageError("unknown dialect", got=dialect, wanted=", ".join(DIALECT_NAMES))
         if options.get("accuracy_level", 0) not in LEVELS:
             raise UsageError("unknown accuracy level", got=options["accuracy_level"], wanted=LEVELS)
+        if options.get("bounds"):
+            raise UsageError("an ONNX file has no bounds: --bound is for --target xnnpack")
         packages = ["onnx", "onnxruntime"]
         if scheme is not None:
             packages += ["onnxscript"] if scheme.weight_only else ["onnxscript", "torchao"]
