@@ -197,5 +197,6 @@ FAMILIES = [
             "timestep": torch.tensor([3, 700]),
             "text": values(2, 7, 33, seed=1),
         },
+        depth=23,  # time 2, stem, 3 x (enter, time, leave), 2 x 4 of attention, down, up, head
     ),
 ]
