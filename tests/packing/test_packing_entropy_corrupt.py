@@ -80,8 +80,8 @@ def hostile(draw: st.DrawFn) -> bytes:
         elif what == "part" and parts:
             i = draw(st.integers(0, len(parts) - 1))
             parts[i] = draw(damaged(parts[i]))
-        elif what == "inner" and layout.method == "sparse":
-            i = draw(st.integers(0, 1))
+        elif what == "inner" and layout.method == "sparse" and parts:
+            i = draw(st.integers(0, len(parts) - 1))
             try:
                 inner, inner_parts = opened(parts[i])
             except InputError:
