@@ -27,10 +27,7 @@ class Data:
 
     def first(self) -> Inputs:
         """The first batch. Raises :class:`~qkit.errors.InputError` if there is none."""
-        found = next(self.stream(), None)
-        if found is None:
-            raise InputError("the calibration data are empty", where=self.origin)
-        return found
+        return self._next(self.stream())
 
     def head(self, samples: int) -> Inputs:
         """The first ``samples`` as one batch, or as many as there are in batches that fit together.
@@ -38,14 +35,19 @@ class Data:
         Raises what :meth:`first` raises.
         """
         stream = self.stream()
-        found = self.first()
-        next(stream)
+        found = self._next(stream)
         while leading(found) < samples and (more := next(stream, None)) is not None:
             joined = _join(found, more)
             if joined is None:
                 break
             found = joined
         return split(found, samples)
+
+    def _next(self, stream: Iterator[Inputs]) -> Inputs:
+        found = next(stream, None)
+        if found is None:
+            raise InputError("the calibration data are empty", where=self.origin)
+        return found
 
     def rebatched(self, size: int) -> Data:
         """The same samples in batches of exactly ``size``; what is left over is not used."""

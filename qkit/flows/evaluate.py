@@ -75,7 +75,24 @@ def new_report(scheme: Scheme, target: str, recipe: Recipe, rows: list[LayerRow]
         recipe=recipe.to_json(),
         versions=versions(),
         machine=machine(),
+        verification={
+            "status": "not run",
+            "level": None,
+            "runtime": None,
+            "fresh_process": False,
+        },
     )
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """The bytes of a state dict's values."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def fill_size(report: Report, source: int, artifact: int) -> None:
+    """The bytes of the model before and after, and their ratio."""
+    ratio = round(artifact / source, 4)
+    report.size_bytes |= {"source": source, "artifact": artifact, "ratio": ratio}
 
 
 def for_dtype(inputs: Inputs, model: nn.Module) -> Inputs:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qkit.flows.check import model_check
 from qkit.flows.evaluate import eval_mode, fill_cost, for_dtype
-from qkit.flows.save import complete, head
+from qkit.flows.save import complete, fill_files, head
 from qkit.flows.verify import verify_runtime
 from qkit.models import Inputs, Source, run
 from qkit.nn import QLayer, swap
@@ -108,14 +108,7 @@ def save_gguf(
         "the GGUF file is a container under the names of this model: no runtime (llama.cpp "
         "neither) knows its architecture, and the error and latency above are those in torch"
     )
-    weights = sum(f["bytes"] for name, f in source.files.items() if name != CONFIG)
-    report.size_bytes = {
-        "source": weights,
-        "artifact": out.stat().st_size,
-        "ratio": round(out.stat().st_size / weights, 4),
-    }
-    report.source = {"path": Path(source.path).name, "kind": source.kind, "files": source.files}
-    report.artifact = str(out)
+    fill_files(report, source, out.stat().st_size, out)
     if start is not None:
         fill_cost(report, start)
 

@@ -27,14 +27,16 @@ from qkit.flows.evaluate import (
     eval_mode,
     fill_cost,
     fill_outputs,
+    fill_size,
     new_report,
+    tensor_bytes,
 )
 from qkit.flows.pt2e import convert, resolve
 from qkit.flows.ptq import Progress, no_progress, quantize_module
 from qkit.flows.quantize import AUTO
 from qkit.flows.rows import left_row, quantized_row
 from qkit.flows.runtime import FLOAT, judge, run_fresh
-from qkit.flows.save import check_budgets, head, write_report
+from qkit.flows.save import check_budgets, fill_files, head, write_report
 from qkit.graph import BATCH, Dialect, capture
 from qkit.graph.capture import Dims
 from qkit.graph.sites import Site
@@ -85,11 +87,8 @@ def lower(
     :class:`~qkit.errors.CoverageError` if it runs no integer kernel.
     """
     start = time.perf_counter()
-    recipe, runtime, options = (
-        resolve(scheme, ignore),
-        backend(known_target(target)),
-        dict(options or {}),
-    )
+    recipe, options = resolve(scheme, ignore), dict(options or {})
+    runtime = backend(known_target(target))
     main = check_request(recipe, runtime, options)
     out = None if path is None else Path(path)
     if out is not None:
@@ -124,15 +123,8 @@ def lower(
     fill_outputs(report, model, converted.module, inputs)
     report.kernels = {}
     check_budgets(report, min_coverage=min_coverage, min_sqnr=min_sqnr)
-    report.verification = {
-        "status": "not run",
-        "level": None,
-        "runtime": None,
-        "fresh_process": False,
-    }
-    float_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    report.size_bytes = {"source": float_bytes, "artifact": _bytes(converted.module)}
-    report.size_bytes["ratio"] = round(report.size_bytes["artifact"] / float_bytes, 4)
+    before, after = (tensor_bytes(m.state_dict()) for m in (model, converted.module))
+    fill_size(report, before, after)
     if out is not None:
         told(f"writing {out} and verifying it in a fresh process")
         _save(model, converted, runtime, inputs, out, report, source, overwrite, start)
@@ -186,8 +178,7 @@ def _weight_only(
 ) -> tuple[Converted, list[LayerRow]]:
     """qkit's own layers, as :func:`qkit.quantize` makes them, in the target's form."""
     if algorithm not in (AUTO, *(rule.algorithm for rule in recipe.rules)):
-        rules = tuple((r.match, r.scheme) for r in recipe.rules)
-        recipe = Recipe(tuple(type(recipe.rules[0])(m, s, algorithm) for m, s in rules))
+        recipe = Recipe(tuple(replace(rule, algorithm=algorithm) for rule in recipe.rules))
 
     def obstacle(entry: Entry, scheme: Scheme) -> str | None:
         if type(entry.module) is not nn.Linear:
@@ -214,6 +205,7 @@ def _rows(model: nn.Module, converted: Converted, dialect: Dialect) -> list[Laye
     for site in converted.sites:
         if site.weight is not None:
             sites.setdefault(site.owner, site)
+    named = dict(model.named_parameters(remove_duplicate=False))
     rows = []
     for entry in survey(model):
         found = sites.get(entry.tied_to or entry.name)
@@ -225,13 +217,13 @@ def _rows(model: nn.Module, converted: Converted, dialect: Dialect) -> list[Laye
         elif found.scheme is None:
             rows.append(left_row(entry, found.reason))
         else:
-            rows.append(_row(model, entry, found, found.scheme))
+            rows.append(_row(named, entry, found, found.scheme))
     return rows
 
 
-def _row(model: nn.Module, entry: Entry, site: Site, scheme: Scheme) -> LayerRow:
+def _row(named: dict[str, nn.Parameter], entry: Entry, site: Site, scheme: Scheme) -> LayerRow:
     """The row of a module with quantized weights: one, or the matrices of an LSTM."""
-    spec, named = scheme.weight, dict(model.named_parameters(remove_duplicate=False))
+    spec = scheme.weight
     matrices = [named[site.weight]] if site.weight in named else []
     if site.kind == "LSTM" and type(entry.module) is nn.LSTM:
         matrices = [p for p in entry.module.parameters(recurse=False) if p.dim() == 2]
@@ -256,10 +248,6 @@ def _compared(converted: Converted, data: Data) -> Inputs:
         return data.first()
     bounds = converted.options.get("bounds") or {}
     return data.head(min(COMPARED_SAMPLES, bounds.get(BATCH, COMPARED_SAMPLES)))
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in module.state_dict().values())
 
 
 def _save(
@@ -291,17 +279,8 @@ def _save(
         found = runtime.audit(file, converted)
         found.require(str(out))
         _fill(report, found, facts["latency_ms"], runtime, model, inputs)
-        size = report.size_bytes
-        size |= {"artifact": file.stat().st_size, FLOAT: rival.stat().st_size}
-        if source is not None:
-            size["source"] = sum(facts["bytes"] for facts in source.files.values())
-            report.source = {
-                "path": Path(source.path).name,
-                "kind": source.kind,
-                "files": source.files,
-            }
-        size["ratio"] = round(size["artifact"] / size["source"], 4)
-        report.artifact = str(out)
+        report.size_bytes[FLOAT] = rival.stat().st_size
+        fill_files(report, source, file.stat().st_size, out)
         fill_cost(report, start)
         write_report(report, folder)
     read_artifact(out)

@@ -22,8 +22,10 @@ from qkit.flows.evaluate import (
     fill_cost,
     fill_latency,
     fill_outputs,
+    fill_size,
     fill_weight_error,
     new_report,
+    tensor_bytes,
 )
 from qkit.flows.export import save_compressed_tensors, save_gguf
 from qkit.flows.ptq import Obstacle, Progress, no_obstacle, no_progress, quantize_module
@@ -169,7 +171,7 @@ def _quantize(
     if inputs is not None:
         with eval_mode(model):
             run(model, inputs)  # a clear error about the inputs, before anything is paid for
-    float_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    float_bytes = tensor_bytes(model.state_dict())
     if scheme.casts_model and isinstance(scheme.weight.format, Float):
         qmodel, rows = cast_module(
             model, scheme.weight.format, in_place=in_place, progress=progress
@@ -184,18 +186,7 @@ def _quantize(
         report.remarks.append(
             f"runtime cache: convolutions keep their weights in float, {megabytes:.1f} MB of memory"
         )
-    report.size_bytes = {
-        "source": float_bytes,
-        "artifact": sum(t.numel() * t.element_size() for t in qmodel.state_dict().values()),
-    }
-    size = report.size_bytes
-    size["ratio"] = round(size["artifact"] / size["source"], 4)
-    report.verification = {
-        "status": "not run",
-        "level": None,
-        "runtime": None,
-        "fresh_process": False,
-    }
+    fill_size(report, float_bytes, tensor_bytes(qmodel.state_dict()))
     if inputs is None or in_place:
         fill_weight_error(report)
     else:

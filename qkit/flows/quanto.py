@@ -27,8 +27,10 @@ from qkit.flows.evaluate import (
     fill_cost,
     fill_latency,
     fill_outputs,
+    fill_size,
     for_dtype,
     new_report,
+    tensor_bytes,
 )
 from qkit.flows.ptq import Plan, Progress, no_progress, plan_layers
 from qkit.flows.quantize import AUTO, Request, default_output, request_inputs
@@ -98,12 +100,6 @@ def quanto_file(
     if not request.dry_run:
         fill_latency(report, model, qmodel, inputs)
     check_budgets(report, min_coverage=request.min_coverage, min_sqnr=request.min_sqnr)
-    report.verification = {
-        "status": "not run",
-        "level": None,
-        "runtime": None,
-        "fresh_process": False,
-    }
     if request.dry_run:
         report.remarks.append("dry run: nothing was written")
         fill_cost(report, start)
@@ -188,9 +184,7 @@ def _quantize(
     report.versions |= {DISTRIBUTION: str(version)}
     if kind == "qint8" and any(_weight(entry).dtype == torch.bfloat16 for entry in chosen):
         report.remarks.append(BF16_CRASH)
-    report.size_bytes = {"source": _bytes(model.state_dict()), "artifact": _bytes(_state(qmodel))}
-    size = report.size_bytes
-    size["ratio"] = round(size["artifact"] / size["source"], 4)
+    fill_size(report, tensor_bytes(model.state_dict()), tensor_bytes(_state(qmodel)))
     return qmodel, report
 
 
@@ -255,7 +249,7 @@ def _row(plan: Plan, kind: str, qmodel: nn.Module) -> LayerRow:
         plan.entry,
         kind,
         QUANTO,
-        8 * _bytes(stored) / weight.numel(),
+        8 * tensor_bytes(stored) / weight.numel(),
         tensor_sqnr_db(weight, layer.weight.dequantize().detach()),
         "; ".join(notes) or None,
     )
@@ -265,10 +259,6 @@ def _weight(entry: Entry) -> Tensor:
     weight = entry.module.weight
     assert isinstance(weight, Tensor)
     return weight.detach()
-
-
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _state(qmodel: nn.Module) -> dict[str, Tensor]:

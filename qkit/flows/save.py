@@ -9,13 +9,21 @@ from torch import nn
 
 from qkit.errors import BudgetError, CoverageError, UsageError
 from qkit.flows.check import layer_outputs, model_check
-from qkit.flows.evaluate import AnyInputs, as_inputs, eval_mode, fill_cost, for_dtype
+from qkit.flows.evaluate import (
+    AnyInputs,
+    as_inputs,
+    eval_mode,
+    fill_cost,
+    fill_size,
+    for_dtype,
+)
 from qkit.flows.verify import verify
 from qkit.models import Source
 from qkit.nn import QLayer
 from qkit.report import Report, versions
 from qkit.targets.artifact import (
     CHECK,
+    CONFIG,
     PROGRAM,
     REPORT,
     Artifact,
@@ -113,6 +121,20 @@ def write_report(report: Report, folder: Path) -> None:
     (folder / REPORT).write_text(text, encoding="utf-8")
 
 
+def fill_files(report: Report, source: Source | None, artifact: int, out: Path) -> None:
+    """Where the artifact ``out`` is and of how many bytes, what it was made from, and their ratio.
+
+    Of a source that is a folder, the configuration does not count.
+    """
+    if source is None:
+        before = report.size_bytes["source"]
+    else:
+        report.source = {"path": Path(source.path).name, "kind": source.kind, "files": source.files}
+        before = sum(f["bytes"] for name, f in source.files.items() if name != CONFIG)
+    fill_size(report, before, artifact)
+    report.artifact = str(out)
+
+
 def complete(
     report: Report,
     result: dict[str, Any],
@@ -123,15 +145,8 @@ def complete(
 ) -> None:
     """Fill in what is known once the artifact in ``folder`` is verified; write the report there."""
     report.verification = result
-    artifact = read_artifact(folder)
-    report.size_bytes["artifact"] = sum(path.stat().st_size for path in artifact.weights)
-    if source is not None:
-        report.source = {"path": Path(source.path).name, "kind": source.kind, "files": source.files}
-        weights = [f["bytes"] for name, f in source.files.items() if name != "config.json"]
-        report.size_bytes["source"] = sum(weights)
-    size = report.size_bytes
-    size["ratio"] = round(size["artifact"] / size["source"], 4)
-    report.artifact = str(out)
+    weights = read_artifact(folder).weights
+    fill_files(report, source, sum(path.stat().st_size for path in weights), out)
     if start is not None:
         fill_cost(report, start)
     write_report(report, folder)

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from command import qkit as command
+from graph_models import Block, Encoder
 from torch import Tensor, nn
 
 from qkit import errors
@@ -23,19 +24,6 @@ from qkit.report import Report
 from qkit.spec import Recipe, Rule, parse
 from qkit.targets.onnx import BACKEND
 from qkit.targets.onnx import backend as onnx_backend
-
-
-class Block(nn.Module):
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(c, c, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(c)
-        self.conv2 = nn.Conv2d(c, c, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(c)
-        self.relu = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(x + self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x))))))
 
 
 class ResNet(nn.Module):
@@ -93,18 +81,6 @@ def test_static_residual_network_on_real_digits(resnet, digits, tmp_path):
     for n in (1, 3, 33):
         assert session((digits.test_x[:n],), {})[0].shape == (n, 10)
     assert verify(out)["status"] == "verified"
-
-
-class Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(31, 24)
-        layer = nn.TransformerEncoderLayer(24, 3, 33, batch_first=True, dropout=0.0)
-        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(24, 7)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.body(self.embed(ids)))
 
 
 def test_dynamic_transformer_with_a_free_length(tmp_path, same_process):

@@ -4,22 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from graph_models import Block
 from torch import Tensor, nn
-
-
-class Block(nn.Module):
-    """Two convolutions around which the input goes; one ReLU is used twice."""
-
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(c, c, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(c)
-        self.conv2 = nn.Conv2d(c, c, 3, padding=1)
-        self.norm2 = nn.BatchNorm2d(c)
-        self.relu = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(x + self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x))))))
 
 
 class Residual(nn.Module):

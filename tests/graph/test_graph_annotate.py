@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from graph_models import Encoder
 from torch import Tensor, nn
 
 from qkit.errors import CoverageError, InputError, UsageError
@@ -198,18 +199,6 @@ def test_nothing_to_quantize_is_an_error(residual, images):
     assert caught.value.exit_code == 5
     with pytest.raises(UsageError, match="matches no module"):
         convert(residual, STATIC, images, ignore=["haed"])
-
-
-class Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(31, 24)
-        layer = nn.TransformerEncoderLayer(24, 3, 33, batch_first=True, dropout=0.0)
-        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(24, 7)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.body(self.embed(ids)))
 
 
 def test_dynamic_takes_one_pass_and_keeps_30_db():

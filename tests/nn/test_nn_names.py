@@ -48,6 +48,12 @@ def test_a_state_dict_is_opened_as_its_module_is(name, prefix):
     assert len(inside) == sum(isinstance(m, nn.Linear) for m in opening(module).module.modules())
 
 
+def changed(module: nn.Module, change: dict) -> dict[str, torch.Tensor]:
+    """The module's state dict with zeros of the shapes in ``change``; None takes one away."""
+    state = {name: t for name, t in module.state_dict().items() if change.get(name, ()) is not None}
+    return state | {name: torch.zeros(s) for name, s in change.items() if s is not None}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -63,12 +69,7 @@ def test_a_state_dict_is_opened_as_its_module_is(name, prefix):
     ids=str,
 )
 def test_what_only_looks_like_a_recurrent_module(change):
-    state = dict(nn.LSTM(5, 7).state_dict())
-    for name, shape in change.items():
-        if shape is None:
-            del state[name]
-        else:
-            state[name] = torch.zeros(shape)
+    state = changed(nn.LSTM(5, 7), change)
     assert opened_state(state, {}) == ({}, {})
     assert tree(state).state_dict().keys() == state.keys()
 
@@ -84,12 +85,7 @@ def test_what_only_looks_like_a_recurrent_module(change):
     ids=str,
 )
 def test_what_only_looks_like_attention(change):
-    state = dict(nn.MultiheadAttention(6, 2).state_dict())
-    for name, shape in change.items():
-        if shape is None:
-            del state[name]
-        else:
-            state[name] = torch.zeros(shape)
+    state = changed(nn.MultiheadAttention(6, 2), change)
     assert opened_state(state, {}) == ({}, {})
 
 
