@@ -27,14 +27,19 @@ MAX_CHECK_VALUES = 1 << 20
 
 
 def model_check(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    """The tensors of a check file for a quantized ``model`` that can be called."""
-    inputs = _few(inputs)
+    """The tensors of a check file for a quantized ``model`` that takes batches of any size."""
+    return recorded(model, small(inputs))
+
+
+def recorded(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """The tensors of a check file: ``inputs``, all of them, and what ``model`` makes of them."""
     given = {f"input.args.{i}": t for i, t in enumerate(inputs.args)}
     given |= {f"input.kwargs.{name}": t for name, t in inputs.kwargs.items()}
     return given | {f"module.{i}": t for i, t in enumerate(run(model, inputs))}
 
 
-def _few(inputs: Inputs) -> Inputs:
+def small(inputs: Inputs) -> Inputs:
+    """The first samples of ``inputs``, as many as a check file should hold."""
     tensors = [*inputs.args, *inputs.kwargs.values()]
     values = sum(t.numel() for t in tensors)
     batch = max((t.shape[0] for t in tensors if t.dim()), default=1)

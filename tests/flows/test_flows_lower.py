@@ -11,6 +11,7 @@ import pytest
 import torch
 from command import qkit as command
 from graph_models import Block, Encoder
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qkit import errors
@@ -22,6 +23,7 @@ from qkit.flows.quantize import Request
 from qkit.flows.runtime import judge
 from qkit.report import Report
 from qkit.spec import Recipe, Rule, parse
+from qkit.targets.artifact import CHECK
 from qkit.targets.onnx import BACKEND
 from qkit.targets.onnx import backend as onnx_backend
 
@@ -144,6 +146,27 @@ def test_mixed_layers_and_rows_that_say_why(resnet, digits, same_process, tmp_pa
     assert "folded" in reasons["body.2.norm1"]
     assert report.kernels["QLinearConv"] == 3
     assert report.kernels["DynamicQuantizeMatMul"] == 1
+
+
+class FourAtATime(nn.Sequential):
+    """Takes no other batch than four."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).reshape(4, 7)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_inputs_too_large_for_the_check_file(fixed, tmp_path, same_process, monkeypatch):
+    monkeypatch.setattr("qkit.flows.check.MAX_CHECK_VALUES", 100)
+    layers = nn.Linear(33, 31), nn.ReLU(), nn.Linear(31, 7)
+    model = (FourAtATime if fixed else nn.Sequential)(*layers).eval()
+    x = torch.randn(4 if fixed else 20, 33)
+    report = lower(model, "int8-static", tmp_path / "out", calib=x)
+    kept = load_file(tmp_path / "out" / CHECK)
+    # A program of one batch keeps all of it; another, the first samples.
+    assert len(kept["input.args.0"]) == (4 if fixed else 3)
+    assert len(kept["module.0"]) == len(kept["float.0"]) == len(kept["input.args.0"])
+    assert report.verification["status"] == verify(tmp_path / "out")["status"] == "verified"
 
 
 def test_only_quantizing_writes_nothing(mlp, tmp_path):
