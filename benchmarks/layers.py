@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qkit.algorithms import rtn
+from qkit.flows.evaluate import tensor_bytes
 from qkit.nn import QUANTIZED, QConv, QLayer, keep_floats
 from qkit.report import machine, measure, versions
 from qkit.spec import parse
@@ -55,11 +56,6 @@ def quantized(layer: Any, scheme: str) -> QLayer:
     return cls.from_float(layer, rtn(rows, parse(scheme).weight)).eval()
 
 
-def stored_bytes(layer: nn.Module) -> int:
-    """The bytes of parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in layer.state_dict().values())
-
-
 def ratio(layer: nn.Module, new: nn.Module, x: Tensor, seconds: float) -> dict[str, float]:
     """Median milliseconds of both, and how many times as fast ``new`` is."""
     times = measure({"float": lambda: layer(x), "new": lambda: new(x)}, seconds=seconds)
@@ -73,7 +69,8 @@ def compared(name: str, layer: nn.Module, x: Tensor, seconds: float) -> Iterator
         new = quantized(layer, scheme)
         line: dict[str, Any] = {"layer": name, "input": list(x.shape), "scheme": scheme}
         line |= ratio(layer, new, x, seconds)
-        line |= {"float_bytes": stored_bytes(layer), "bytes": stored_bytes(new)}
+        sizes = [tensor_bytes(each.state_dict()) for each in (layer, new)]
+        line |= dict(zip(("float_bytes", "bytes"), sizes, strict=True))
         if isinstance(new, QConv):
             cached = copy.deepcopy(new)
             line["kept_bytes"] = keep_floats(cached)

@@ -118,3 +118,8 @@ def nearest(name: str, known: Iterable[str], limit: int = 5) -> str:
     names = list(known)
     close = difflib.get_close_matches(name.lower(), names, n=limit, cutoff=0.5)
     return ", ".join(close or names[:limit])
+
+
+def first_line(error: BaseException, length: int = 300) -> str:
+    """The first line of the message of somebody else's error, at a length to read."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:length]

@@ -16,7 +16,7 @@ from torch import Tensor
 from qkit.algorithms.stats import Stats
 from qkit.numerics import QParams, QTensor, cast_codes, choose_qparams, code_dtype
 from qkit.numerics.blocks import from_blocks, per_block, to_blocks
-from qkit.numerics.values import decode, encode
+from qkit.numerics.values import borders_of, by_code, encode
 from qkit.spec import Format, Int, QSpec
 
 # Added to H's diagonal, as a share of its mean: the less data, the less H is to be believed.
@@ -71,13 +71,17 @@ def _round(
     factor = _inverse_factor(moment[order][:, order])
     weight, scale, zero_point = (t[:, order].contiguous() for t in (weight, scale, zero_point))
     codes = torch.empty_like(weight)
+    table: tuple[Tensor, ...] = ()
+    if not isinstance(fmt, Int):  # once, not for every column
+        table = borders_of(fmt, weight), torch.tensor(by_code(fmt)).to(weight)
     for start in range(0, weight.shape[1], BLOCK):
         stop = min(start + BLOCK, weight.shape[1])
         block = weight[:, start:stop]  # a view: the columns change as their neighbours are rounded
         errors = torch.empty_like(block)
         for i in range(stop - start):
             at = start + i
-            codes[:, at], value = _nearest(block[:, i] / scale[:, at], zero_point[:, at], fmt)
+            x = block[:, i] / scale[:, at]
+            codes[:, at], value = _nearest(x, zero_point[:, at], fmt, table)
             value = value * scale[:, at]
             errors[:, i] = (block[:, i] - value) / factor[at, at]
             block[:, i + 1 :] -= errors[:, i, None] * factor[at, at + 1 : stop]
@@ -85,13 +89,19 @@ def _round(
     return codes[:, order.argsort()]
 
 
-def _nearest(x: Tensor, zero_point: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """The codes nearest to ``x`` (a weight over its scale), and what they stand for."""
+def _nearest(
+    x: Tensor, zero_point: Tensor, fmt: Format, table: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """The codes nearest to ``x`` (a weight over its scale), and what they stand for.
+
+    ``table`` holds the borders and the values of a ``fmt`` that is not an integer.
+    """
     if isinstance(fmt, Int):
         codes = x.round_().add_(zero_point).clamp_(fmt.qmin, fmt.qmax)
         return codes, codes - zero_point
-    found = encode(x, fmt)
-    return found.to(x.dtype), decode(found, fmt, x.dtype)
+    borders, levels = table
+    found = encode(x, fmt, borders)
+    return found.to(x.dtype), levels[found.int()]
 
 
 def _inverse_factor(moment: Tensor) -> Tensor:

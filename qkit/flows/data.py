@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qkit.errors import InputError, UsageError
 from qkit.flows.evaluate import AnyInputs, as_inputs
-from qkit.models import Inputs, batches, from_npz, resolve_callable, split
+from qkit.models import Inputs, batches, from_npz, leading, resolve_callable, split
 
 BATCH = 8
 
@@ -59,11 +59,6 @@ class Data:
                         yield batch
 
         return replace(self, stream=stream)
-
-
-def leading(inputs: Inputs) -> int:
-    """The number of samples of a batch."""
-    return next((t.shape[0] for t in tensors_of(inputs).values() if t.dim()), 0)
 
 
 def _join(a: Inputs, b: Inputs) -> Inputs | None:

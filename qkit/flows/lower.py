@@ -196,7 +196,7 @@ def _weight_only(
     space = f"qkit_{runtime.name}::"
     names = [getattr(getattr(n.target, "_schema", None), "name", "") for n in module.graph.nodes]
     expected = sum(name.startswith(space) for name in names)
-    return Converted(captured, module, (), recipe, expected, options), rows
+    return Converted(captured, module, (), expected, options), rows
 
 
 def _rows(model: nn.Module, converted: Converted, dialect: Dialect) -> list[LayerRow]:

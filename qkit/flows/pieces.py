@@ -165,8 +165,9 @@ class Pieces:
             short = short_group(q)
             self._step(block)
         tensors["weight_shape"] = torch.tensor(layer.weight_size, dtype=torch.int64)
+        stored = each.stored
         for key in whole & tensors.keys():
-            if (full := join(entry.name, key)) in each.stored:
+            if (full := join(entry.name, key)) in stored:
                 self.weights.write(full, 0, tensors[key])
         bits, value = bits / (rows * columns), sqnr_db(signal, noise)
         note = notes(entry.note, short, each.note, underflow(lost))
@@ -206,11 +207,11 @@ def _matrix(block: Tensor) -> Tensor:
 
 def _codes(x: Tensor, spec: QSpec, common: QParams | None, name: str, memory: Tensor) -> QTensor:
     """The codes of ``x``, with ``common`` scales or its own, in ``memory`` where they fit."""
+    if spec.is_cast:
+        return cast_codes(x, spec, name=name)
     out = None
     if x.numel() <= memory.numel():
         out = memory[: x.numel()].view(code_dtype(spec.format)).view(x.shape)
-    if spec.is_cast:
-        return cast_codes(x, spec, name=name)
     if common is not None:
         return quantize(x, common, spec, out=out)
     return quantize_minmax(x, spec, name=name, out=out)

@@ -12,25 +12,17 @@ from typing import Any
 
 from torch import fx, nn
 
-from qkit.errors import CoverageError, InputError, MissingExtraError, UsageError, nearest
+from qkit.errors import CoverageError, InputError, UsageError, nearest
 from qkit.flows.data import Data, in_memory
 from qkit.flows.evaluate import AnyInputs, eval_mode
 from qkit.flows.ptq import Progress, check_rules, check_tensors, no_progress
 from qkit.graph import DIALECTS, Dialect, Site, capture, find_sites, quiet
 from qkit.graph.capture import Dims
-from qkit.models import Inputs, run
+from qkit.models import Inputs, leading, run
 from qkit.numerics import OBSERVERS
-from qkit.report import package_version
 from qkit.spec import Recipe, Scheme, parse
+from qkit.targets import require_packages
 from qkit.targets.backend import Converted
-
-TORCHAO = "torchao"
-
-
-def check_torchao(needed_for: str = "the PT2E flow", extra: str = "pt2e") -> None:
-    """Raise :class:`~qkit.errors.MissingExtraError` without torchao."""
-    if package_version(TORCHAO) is None:
-        raise MissingExtraError(TORCHAO, extra, needed_for=needed_for)
 
 
 def convert(
@@ -58,7 +50,7 @@ def convert(
     has no values, and for data that it does not take; :class:`~qkit.errors.UsageError` for unknown
     names; :class:`~qkit.errors.CoverageError` if nothing can be quantized.
     """
-    check_torchao()
+    require_packages(["torchao"], "pt2e", "the PT2E flow")
     recipe = resolve(scheme, ignore)
     if observer not in OBSERVERS:
         raise UsageError("unknown observer", got=observer, wanted=nearest(observer, OBSERVERS))
@@ -74,15 +66,14 @@ def convert(
         run(model, example)  # a clear error about the data, before anything is paid for
         captured = capture(model, example.args, example.kwargs, dims=dims)
     if captured.shapes is None:
-        size = next(t.shape[0] for t in (*captured.args, *captured.kwargs.values()) if t.dim())
-        data = data.rebatched(size)
+        data = data.rebatched(leading(example))
     module = captured.module()
     sites = find_sites(module, recipe, dialect)
     if quantizer is None and all(site.scheme is None for site in sites):
         raise _nothing(sites)
     module, sites = _quantized(module, recipe, dialect, observer, quantizer, data, progress)
     expected = sum(site.layers for site in sites if site.scheme is not None)
-    return Converted(captured, module, tuple(sites), recipe, expected, dict(options or {}))
+    return Converted(captured, module, tuple(sites), expected, dict(options or {}))
 
 
 def resolve(scheme: str | Scheme | Recipe, ignore: Sequence[str]) -> Recipe:
@@ -114,7 +105,7 @@ def _quantized(
     done = 0
     for batch in data.stream():
         _observe(prepared, batch)
-        done += next(t.shape[0] for t in (*batch.args, *batch.kwargs.values()) if t.dim())
+        done += leading(batch)
         progress(done, data.samples or 0, "calibrating")
         # Without ranges to learn, one pass is still needed: weights are looked at by running.
         if not static:

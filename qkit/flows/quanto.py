@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.errors import MissingExtraError, RequestError, UsageError
+from qkit.errors import MissingExtraError, RequestError, UsageError, first_line
 from qkit.flows.check import model_check
 from qkit.flows.evaluate import (
     eval_mode,
@@ -144,7 +144,7 @@ def _quanto() -> Any:
     except Exception as error:  # of whatever it imports
         raise RequestError(
             "optimum-quanto is installed and cannot be imported",
-            got=_first_line(error),
+            got=first_line(error, 200),
             fix="see: qkit doctor",
         ) from error
 
@@ -169,7 +169,7 @@ def _quantize(
         raise RequestError(
             "optimum-quanto fails on the model",
             where=request.path,
-            got=_first_line(error),
+            got=first_line(error, 200),
             fix="another type of weights, or --ignore a layer",
         ) from error
     _check_values(qmodel, [entry.name for entry in chosen], kind)
@@ -214,7 +214,7 @@ def _check_unpack() -> None:
     except Exception as error:  # whatever a compiler says
         raise RequestError(
             "optimum-quanto could not compile its operator for 4 and 2 bits",
-            got=_first_line(error),
+            got=first_line(error, 200),
             fix="a C++ compiler and ninja on the PATH, or qint8 or qfloat8",
         ) from error
 
@@ -229,10 +229,6 @@ def _check_values(qmodel: nn.Module, names: list[str], kind: str) -> None:
             got=", ".join(bad),
             fix=" ".join(f"--ignore {name}" for name in bad) + ", or qint8",
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _row(plan: Plan, kind: str, qmodel: nn.Module) -> LayerRow:

@@ -76,19 +76,19 @@ def verify(
     if dialect is not None:
         raise UsageError("a dialect is that of an .onnx file", got=str(path))
     artifact = read_artifact(path)
-    if runtime_cache and artifact.meta.get("target") in LOWERED:
+    if runtime_cache and artifact.target in LOWERED:
         raise _no_cache(path)
-    if artifact.meta.get("target") in (COMPRESSED, QUANTO):
+    if artifact.target in (COMPRESSED, QUANTO):
         raise RequestError(
-            f"a {artifact.meta['target']} folder carries no outputs to verify it with",
+            f"a {artifact.target} folder carries no outputs to verify it with",
             where=str(path),
             fix="it was verified when it was written; qkit.load reads it",
         )
     check_files(artifact)
-    if (target := artifact.meta.get("target")) in LOWERED:
+    if artifact.target in LOWERED:
         from qkit.flows.runtime import verify_lowered
 
-        return verify_lowered(artifact, target)
+        return verify_lowered(artifact, artifact.target)
     _ = artifact.layers, artifact.aliases, artifact.buffers  # also what no way below reads
     reference = expected(artifact)
     ways = _ways(artifact, reference, bool(model or source))

@@ -7,6 +7,7 @@ from qkit.models.infer import infer as infer
 from qkit.models.inputs import Inputs as Inputs
 from qkit.models.inputs import batches as batches
 from qkit.models.inputs import from_npz as from_npz
+from qkit.models.inputs import leading as leading
 from qkit.models.inputs import parse_input_spec as parse_input_spec
 from qkit.models.inputs import run as run
 from qkit.models.inputs import split as split

@@ -156,6 +156,11 @@ def _arguments(model: nn.Module) -> list[str] | None:
     return named
 
 
+def leading(inputs: Inputs) -> int:
+    """The number of samples of a batch: the leading size of the first tensor that has one."""
+    return next((t.shape[0] for t in (*inputs.args, *inputs.kwargs.values()) if t.dim()), 0)
+
+
 def split(inputs: Inputs, n: int) -> Inputs:
     """The first ``n`` samples: of every tensor that has the leading size of the first one."""
     return next(batches(inputs, n), inputs)
@@ -164,7 +169,7 @@ def split(inputs: Inputs, n: int) -> Inputs:
 def batches(inputs: Inputs, n: int) -> Iterator[Inputs]:
     """``inputs`` cut into batches of ``n`` samples, the last one as short as it must be."""
     tensors = [*inputs.args, *inputs.kwargs.values()]
-    samples = next((t.shape[0] for t in tensors if t.dim()), 0)
+    samples = leading(inputs)
     for start in range(0, samples, n):
         part = slice(start, start + n)
         cut = [t[part] if t.dim() and t.shape[0] == samples else t for t in tensors]

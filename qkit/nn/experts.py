@@ -41,10 +41,7 @@ class OpenExperts(Opened):
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
-        base = vars(nn.Module())
-        for name, value in vars(module).items():
-            if name not in base:
-                setattr(self, name, value)
+        self.take_attributes(module)
         for name, child in module._modules.items():
             self.add_module(name, child)
         self.up_name = "gate_up_proj" if module.has_gate else "up_proj"

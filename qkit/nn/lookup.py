@@ -44,10 +44,7 @@ class OpenLookup(Opened, nn.Embedding):
         nn.Module.__init__(self)  # nn.Embedding's own would make another weight
         self.opened_from = type(module).__name__
         self.training = module.training
-        base = vars(nn.Module())
-        for name, value in vars(module).items():
-            if name not in base:
-                setattr(self, name, value)
+        self.take_attributes(module)
         for name, buffer in module._buffers.items():
             self.register_buffer(name, buffer, name not in module._non_persistent_buffers_set)
         table = nn.Embedding(1, 1, device="meta")

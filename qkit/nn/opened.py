@@ -42,6 +42,13 @@ class Opened(nn.Module):
         layer = linear(weight, bias)
         self.add_module(name, layer.train(self.training))
 
+    def take_attributes(self, module: nn.Module) -> None:
+        """Those attributes of ``module`` that are not every module's."""
+        base = vars(nn.Module())
+        for name, value in vars(module).items():
+            if name not in base:
+                setattr(self, name, value)
+
     def extra_repr(self) -> str:
         """The class of the original and its options."""
         options = (f"{name}={getattr(self, name)}" for name in self.copied)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
-from qkit.nn.computed import computed_by, settled
+from qkit.nn.computed import settled
 from qkit.nn.conv import CONVOLUTIONS
 from qkit.nn.embedding import QEmbedding, QEmbeddingBag
 from qkit.nn.layer import QLayer
@@ -163,10 +163,11 @@ def _reason(module: nn.Module) -> str | None:
         return "not initialised: run the model once before quantizing"
     if isinstance(module, ParametrizationList):
         return "what a parametrized tensor is computed from"
-    if reason := why_closed(module):
+    plain = settled(module)
+    if reason := why_closed(plain):
         return reason
-    if computed_by(module):
-        return _reason(settled(module))
+    if plain is not module:
+        return _reason(plain)
     if isinstance(module, Opened):
         return f"a parameter of {module.opened_from} itself, not of a layer"
     if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:

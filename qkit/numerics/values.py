@@ -45,20 +45,30 @@ def _ascending(fmt: Float | Codebook) -> tuple[float, ...]:
 
 
 @cache
-def _by_code(fmt: Float | Codebook) -> tuple[float, ...]:
+def by_code(fmt: Float | Codebook) -> tuple[float, ...]:
+    """What each code stands for, in the order of the codes."""
     if isinstance(fmt, Codebook):
         return fmt.entries
     return tuple(map(fmt.value, range(1 << fmt.bits)))
 
 
-def encode(x: Tensor, fmt: Float | Codebook) -> Tensor:
+def borders_of(fmt: Float | Codebook, like: Tensor) -> Tensor:
+    """Where the nearest value of ``fmt`` changes, for numbers of the dtype and device of ``like``.
+
+    Of a float, for their magnitudes.
+    """
+    values = torch.tensor(_ascending(fmt), dtype=torch.float64, device=like.device)
+    return midpoints(values, like.dtype, to_even=isinstance(fmt, Float))
+
+
+def encode(x: Tensor, fmt: Float | Codebook, borders: Tensor | None = None) -> Tensor:
     """The codes (uint8) of the values of ``fmt`` nearest to ``x`` (fp32 or fp64, any shape).
 
-    ``x`` may be infinite, but not NaN. ``fmt`` has at most 8 bits.
+    ``x`` may be infinite, but not NaN. ``fmt`` has at most 8 bits. ``borders`` are those of
+    :func:`borders_of`, for who encodes many small tensors.
     """
     signed = isinstance(fmt, Float)
-    values = torch.tensor(_ascending(fmt), dtype=torch.float64, device=x.device)
-    borders = midpoints(values, x.dtype, to_even=signed)
+    borders = borders_of(fmt, x) if borders is None else borders
     where = (x.abs() if signed else x).contiguous()  # torch warns otherwise
     codes = torch.bucketize(where, borders, out_int32=True).to(torch.uint8)
     if signed:
@@ -68,5 +78,5 @@ def encode(x: Tensor, fmt: Float | Codebook) -> Tensor:
 
 def decode(codes: Tensor, fmt: Float | Codebook, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of ``codes`` (uint8, any shape), without a scale, in ``dtype``."""
-    values = torch.tensor(_by_code(fmt), dtype=dtype, device=codes.device)
+    values = torch.tensor(by_code(fmt), dtype=dtype, device=codes.device)
     return values.index_select(0, codes.flatten().int()).reshape(codes.shape)

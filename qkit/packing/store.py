@@ -32,6 +32,7 @@ from torch import Tensor
 
 from qkit.errors import InputError
 from qkit.numerics import QParams, QTensor, code_dtype, no_scale, scale_dtype
+from qkit.numerics.values import by_code
 from qkit.packing.bits import pack, packed_words, unpack
 from qkit.spec import Codebook, Float, Int, QSpec
 
@@ -71,9 +72,8 @@ def _check_format(spec: QSpec) -> None:
 
 def levels_of(fmt: Codebook | Float) -> Tensor:
     """What each code stands for, fp32 ``[2^bits]``; codes that a codebook lacks are 0."""
-    if isinstance(fmt, Float):
-        return torch.tensor([*map(fmt.value, range(1 << fmt.bits))])
-    return torch.tensor([*fmt.entries, *[0.0] * ((1 << fmt.bits) - len(fmt.entries))])
+    values = by_code(fmt)
+    return torch.tensor([*values, *[0.0] * ((1 << fmt.bits) - len(values))])
 
 
 def _byte(fmt: Int | Codebook | Float) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from qkit.errors import MissingExtraError, RequestError, UsageError
@@ -33,12 +33,11 @@ def _torch_expresses(scheme: Scheme) -> bool:
 def _onnx_expresses(scheme: Scheme) -> bool:
     """int8 weights per channel or tensor with int8 activations, or weights alone in the blocks of
     MatMulNBits."""
-    weight, acts = scheme.weight, scheme.input
-    if not isinstance(weight.format, Int) or scheme.output is not None:
-        return False
-    if acts is None:
-        return weight.format.bits in (4, 8) and weight.group_size in (16, 32, 64, 128, 256)
-    return _int8_expresses(scheme)
+    if scheme.input is not None:
+        return _int8_expresses(scheme)
+    weight = scheme.weight
+    blocks = isinstance(weight.format, Int) and weight.group_size in (16, 32, 64, 128, 256)
+    return blocks and weight.format.bits in (4, 8) and scheme.output is None
 
 
 def _int8_expresses(scheme: Scheme) -> bool:
@@ -139,12 +138,17 @@ def check_format(name: str, scheme: Scheme) -> None:
             got=scheme.name,
             fix="--format qkit holds every scheme",
         )
+    if info.extra is not None:
+        require_packages(info.packages, info.extra, f"--format {name}")
+
+
+def require_packages(packages: Iterable[str], extra: str, needed_for: str) -> None:
+    """Raise :class:`~qkit.errors.MissingExtraError` with the pip command if one is missing."""
     from qkit.report import package_version  # imports torch
 
-    for package in info.packages:
+    for package in packages:
         if package_version(package) is None:
-            assert info.extra is not None
-            raise MissingExtraError(package, info.extra, needed_for=f"--format {name}")
+            raise MissingExtraError(package, extra, needed_for=needed_for)
 
 
 def check(name: str, scheme: Scheme) -> None:
@@ -156,21 +160,15 @@ def check(name: str, scheme: Scheme) -> None:
         raise UsageError(
             "unknown target", got=repr(name), wanted=", ".join(TARGETS), fix="see: qkit targets"
         )
-    if name in LOWERED and not TARGETS[name].expresses(scheme):
-        raise RequestError(
-            f"the target {name!r} has no kernels for this scheme",
-            got=scheme.name,
-            wanted=TARGETS[name].wanted,
-            fix="one of these as --scheme, or --target torch",
-        )
-    if not TARGETS[name].expresses(scheme):
+    if TARGETS[name].expresses(scheme):
+        return
+    if name in LOWERED:
+        lacks, fix = "has no kernels for this scheme", "one of these as --scheme, or --target torch"
+    else:
         lacks, fix = _obstacle(scheme)
-        raise RequestError(
-            f"the target {name!r} {lacks}",
-            got=scheme.name,
-            wanted=TARGETS[name].wanted,
-            fix=fix,
-        )
+    raise RequestError(
+        f"the target {name!r} {lacks}", got=scheme.name, wanted=TARGETS[name].wanted, fix=fix
+    )
 
 
 def _obstacle(scheme: Scheme) -> tuple[str, str]:

@@ -130,9 +130,14 @@ class Artifact:
             return dict(builder)
 
     @property
+    def target(self) -> Any:
+        """The target that it was written for, as ``qkit.json`` says."""
+        return self.meta.get("target")
+
+    @property
     def is_compressed_tensors(self) -> bool:
         """Whether the folder is written for transformers (:mod:`.compressed_tensors`)."""
-        return self.meta.get("target") == COMPRESSED
+        return self.target == COMPRESSED
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
@@ -146,7 +151,7 @@ class Artifact:
             return files
 
     def _check_ours(self) -> None:
-        if (target := self.meta.get("target")) in LOWERED:
+        if (target := self.target) in LOWERED:
             raise RequestError(
                 f"the artifact is for {target}, and is run by its runtime, not loaded by qkit",
                 where=str(self.path),
@@ -290,7 +295,7 @@ def read_artifact(path: str | Path) -> Artifact:
 def check_files(artifact: Artifact) -> None:
     """Raise :class:`~qkit.errors.InputError` if a file is missing or is not the one written."""
     files = artifact.files
-    lowered = artifact.meta.get("target") in LOWERED
+    lowered = artifact.target in LOWERED
     weights = set() if lowered else {INDEX if INDEX in files else WEIGHTS}
     if unlisted := ({CHECK} | weights) - files.keys():
         raise InputError(

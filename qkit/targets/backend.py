@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from qkit.errors import CoverageError
 from qkit.graph import Captured, Dialect, Site
-from qkit.spec import Recipe, Scheme
+from qkit.spec import Scheme
 from qkit.targets import TARGETS
 
 # A loaded artifact: positional and named tensors in, the flattened outputs out.
@@ -33,7 +33,6 @@ class Converted:
     captured: Captured
     module: fx.GraphModule
     sites: tuple[Site, ...]
-    recipe: Recipe
     expected: int
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -21,11 +21,10 @@ from qkit.flows.demo import Digits, accuracy, load_digits, train
 from qkit.flows.lower_file import parse_dims
 from qkit.flows.quantize import Request
 from qkit.flows.runtime import judge
-from qkit.report import Report
+from qkit.report import Report, package_version
 from qkit.spec import Recipe, Rule, parse
 from qkit.targets.artifact import CHECK
 from qkit.targets.onnx import BACKEND
-from qkit.targets.onnx import backend as onnx_backend
 
 
 class ResNet(nn.Module):
@@ -220,9 +219,9 @@ def test_missing_packages_are_told_before_the_data_are_read(mlp, monkeypatch, mi
     def explode():
         raise AssertionError("the data were read")
 
-    found = onnx_backend.package_version
     monkeypatch.setattr(
-        onnx_backend, "package_version", lambda name: None if name == missing else found(name)
+        "qkit.report.package_version",
+        lambda name: None if name == missing else package_version(name),
     )
     with pytest.raises(errors.MissingExtraError, match=missing) as caught:
         lower(mlp, "int8-static", None, calib=Data("never", explode))

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from qkit.errors import InputError, MissingExtraError, UsageError
-from qkit.flows import pt2e
 from qkit.flows.data import from_iterable, in_memory, open_data
 from qkit.flows.pt2e import convert
 
@@ -109,7 +108,7 @@ def test_a_fixed_batch_uses_whole_batches_only():
 
 
 def test_missing_torchao_is_told_before_any_work(mlp, monkeypatch):
-    monkeypatch.setattr(pt2e, "package_version", lambda name: None)
+    monkeypatch.setattr("qkit.report.package_version", lambda name: None)
     with pytest.raises(MissingExtraError, match="torchao") as caught:
         convert(mlp, "int8-static", torch.randn(2, 33))
     assert caught.value.exit_code == 7

@@ -16,8 +16,8 @@ from qkit.flows import lower, verify
 from qkit.flows.data import Data
 from qkit.flows.demo import accuracy, load_digits, train
 from qkit.flows.lower_file import parse_bounds
+from qkit.report import package_version
 from qkit.targets.xnnpack import BACKEND
-from qkit.targets.xnnpack import backend as xnnpack_backend
 
 
 class ResNet(nn.Module):
@@ -142,9 +142,9 @@ def test_missing_packages_are_told_before_the_data_are_read(mlp, monkeypatch, mi
     def explode():
         raise AssertionError("the data were read")
 
-    found = xnnpack_backend.package_version
     monkeypatch.setattr(
-        xnnpack_backend, "package_version", lambda name: None if name == missing else found(name)
+        "qkit.report.package_version",
+        lambda name: None if name == missing else package_version(name),
     )
     with pytest.raises(errors.MissingExtraError, match=missing) as caught:
         lower(mlp, "int8-static", None, target="xnnpack", calib=Data("never", explode))

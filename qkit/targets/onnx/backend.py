@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from qkit.errors import MissingExtraError, UsageError
+from qkit.errors import UsageError
 from qkit.graph import DIALECTS, Captured, Dialect, export
 from qkit.report import package_version
 from qkit.spec import Scheme
+from qkit.targets import require_packages
 from qkit.targets.backend import Audit, Converted, Session
 from qkit.targets.onnx import runtime
 from qkit.targets.onnx.operators import with_nbits, with_operators
@@ -50,9 +51,7 @@ class OnnxBackend:
         packages = ["onnx", "onnxruntime"]
         if scheme is not None:
             packages += ["onnxscript"] if scheme.weight_only else ["onnxscript", "torchao"]
-        for package in packages:
-            if package_version(package) is None:
-                raise MissingExtraError(package, EXTRA, needed_for="--target onnx")
+        require_packages(packages, EXTRA, "--target onnx")
 
     def specialize(self, converted: Converted) -> fx.GraphModule:
         """With what ONNX Runtime fuses, and LSTM layers that it has."""
@@ -82,16 +81,14 @@ class OnnxBackend:
             return runtime.audit(path, converted.expected)
         from qkit.targets.onnx.tensorrt import require_rules
 
-        found = replace(runtime.audit(path, 0), expected=0)
-        return replace(found, remarks=(require_rules(path),))
+        return replace(runtime.audit(path, 0), remarks=(require_rules(path).told,))
 
     def probe(self, path: Path, dialect: str | None) -> dict[str, Any]:
         """The kernels of the file, or the rules of TensorRT."""
         from qkit.targets.onnx import tensorrt
 
         if dialect == "tensorrt":
-            tensorrt.require_rules(path)
-            return {"rules": tensorrt.check_rules(path).broken}
+            return {"rules": tensorrt.require_rules(path).broken}
         tensorrt.read(path)
         return {"kernels": runtime.probe(path)}
 

@@ -22,14 +22,12 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import linear, pad
 
 from qkit.graph import clean, quiet
-from qkit.graph.kinds import attribute, bias_of, is_image_mean, kind_of
+from qkit.graph.kinds import attribute, bias_of, dynamic_codes, is_image_mean, kind_of
 from qkit.nn import QLayer, swap
 from qkit.nn.linear import QLinear
 from qkit.numerics import choose_qparams, fake_quantize
 from qkit.spec import Int, PerGroup, QSpec, Scheme
 from qkit.targets.onnx.lstm import replace_lstm, rounded
-
-_DECOMPOSED = "quantized_decomposed::"
 
 
 @torch.library.custom_op("qkit_onnx::dynamic_linear", mutates_args=())
@@ -213,8 +211,8 @@ def with_operators(
 def _dynamic_inputs(module: fx.GraphModule, node: fx.Node, index: int) -> tuple[Any, ...] | None:
     """The arguments of ``dynamic_linear``; None where the input has no range of its own."""
     x: Any = node.args[0]
-    codes: Any = x.args[0] if _is(x, "dequantize_per_tensor") else None
-    if not (_is(codes, "quantize_per_tensor") and isinstance(codes.args[1], fx.Node)):
+    codes = dynamic_codes(x)
+    if codes is None:
         return None
     dequantized: Any = node.args[1]
     weight, scale = (_value(module, each) for each in dequantized.args[:2])
@@ -224,11 +222,6 @@ def _dynamic_inputs(module: fx.GraphModule, node: fx.Node, index: int) -> tuple[
     with module.graph.inserting_before(node):
         given = [module.graph.get_attr(f"_dynamic_{each}_{index}") for each in ("weight", "scale")]
     return (codes.args[0], *given, bias_of(node))
-
-
-def _is(node: Any, name: str) -> bool:
-    schema = getattr(getattr(node, "target", None), "_schema", None)
-    return schema is not None and schema.name == _DECOMPOSED + name
 
 
 def _value(module: fx.GraphModule, given: Any) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkit.errors import InputError, VerificationError
+from qkit.errors import InputError, VerificationError, first_line
 from qkit.targets.backend import Audit, Session
 
 PROVIDERS = ["CPUExecutionProvider"]
@@ -35,7 +35,6 @@ INTEGER = frozenset(
 FLOATING = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "LSTM"})
 # Other kernels on codes.
 MOVING = ("QLinear", "Nhwc")
-CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 def open_session(path: Path, threads: int, optimized: Path | None = None) -> Any:
@@ -54,11 +53,6 @@ def open_session(path: Path, threads: int, optimized: Path | None = None) -> Any
         raise InputError(
             f"ONNX Runtime refuses the file: {first_line(error)}", where=str(path)
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message, at a length to read."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def load(path: Path, threads: int) -> Session:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qkit.errors import InputError, VerificationError
+from qkit.errors import InputError, VerificationError, first_line
 
 OPSETS = range(13, 25)
 # Layers with a weight: the input that is the weight, and its output-channel axis.
@@ -33,6 +33,15 @@ class Rules:
         """Whether the file has quantization, and breaks no rule."""
         return self.pairs > 0 and not any(self.broken.values())
 
+    @property
+    def told(self) -> str:
+        """A sentence for the report of a file that meets them."""
+        return (
+            f"meets TensorRT's rules for explicit quantization ({len(self.broken)} rules, "
+            f"{self.pairs} Q/DQ operators); TensorRT itself was not run, and ONNX Runtime runs "
+            "this dialect slowly"
+        )
+
 
 def read(path: Path) -> Any:
     """The model in ``path``; :class:`~qkit.errors.InputError` if it is not one."""
@@ -44,7 +53,7 @@ def read(path: Path) -> Any:
     except OSError as error:
         raise InputError(f"cannot read the file: {error.strerror}", where=str(path)) from error
     except Exception as error:  # protobuf's and the checker's
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        text = first_line(error, 200)
         raise InputError(f"not an ONNX model: {text}", where=str(path)) from error
     return model
 
@@ -132,8 +141,8 @@ def _check_layer(
         broken[rule].append(f"{source.name}: axis {given}, not {axis}")
 
 
-def require_rules(path: Path) -> str:
-    """A sentence for the report; :class:`~qkit.errors.VerificationError` if a rule is broken."""
+def require_rules(path: Path) -> Rules:
+    """The rules, all met; :class:`~qkit.errors.VerificationError` if one is broken."""
     rules = check_rules(path)
     if not rules.met:
         wrong = {name: found[:3] for name, found in rules.broken.items() if found}
@@ -143,8 +152,4 @@ def require_rules(path: Path) -> str:
             got="; ".join(f"{name}: no ({', '.join(found)})" for name, found in wrong.items())
             or "no quantization at all",
         )
-    return (
-        f"meets TensorRT's rules for explicit quantization ({len(rules.broken)} rules, "
-        f"{rules.pairs} Q/DQ operators); TensorRT itself was not run, and ONNX Runtime runs this "
-        "dialect slowly"
-    )
+    return rules

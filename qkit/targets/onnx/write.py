@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qkit.errors import RequestError
+from qkit.errors import RequestError, first_line
 from qkit.graph import quiet
 from qkit.targets.onnx.operators import translations
 from qkit.targets.staging import as_output_error
@@ -58,7 +58,7 @@ def _reason(error: Exception) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0][:300]
+    return first_line(cause)
 
 
 def _forget(model: Any) -> None:

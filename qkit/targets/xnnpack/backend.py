@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from qkit.errors import MissingExtraError, RequestError, UsageError
+from qkit.errors import RequestError, UsageError
 from qkit.graph import DIALECTS, Captured, Dialect
 from qkit.report import package_version
 from qkit.spec import PerTensor, Scheme
+from qkit.targets import require_packages
 from qkit.targets.backend import Audit, Converted, Session
 from qkit.targets.xnnpack import runtime
 from qkit.targets.xnnpack.write import bounds_of, per_row, program_of, write
@@ -42,9 +43,7 @@ class XnnpackBackend:
         for name, bound in (options.get("bounds") or {}).items():
             if bound < 1:
                 raise UsageError(f"the bound of {name!r} is not a size", got=bound)
-        for package in PACKAGES:
-            if package_version(package) is None:
-                raise MissingExtraError(package, EXTRA, needed_for="--target xnnpack")
+        require_packages(PACKAGES, EXTRA, "--target xnnpack")
         if scheme is None or scheme.input is None:
             return
         if scheme.input.when == "dynamic" and scheme.weight.granularity == PerTensor():

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.errors import InputError, VerificationError
+from qkit.errors import InputError, VerificationError, first_line
 from qkit.targets.backend import Audit, Session
 from qkit.targets.xnnpack.write import executorch
 
@@ -43,11 +43,6 @@ _WEIGHTS = ("xnn_datatype_qcint8", "xnn_datatype_qint8")
 # The number of a type in the file, as torch numbers them.
 _DTYPES = {0: torch.uint8, 1: torch.int8, 3: torch.int32, 4: torch.int64, 5: torch.float16}
 _DTYPES |= {6: torch.float32, 7: torch.float64, 11: torch.bool}
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message, at a length to read."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def open_method(path: Path, threads: int) -> Any:

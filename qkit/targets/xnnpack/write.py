@@ -15,13 +15,12 @@ from torch import Tensor, fx, nn
 
 from qkit.errors import RequestError, UsageError, nearest
 from qkit.graph import BATCH, Captured, clean, export, quiet
+from qkit.graph.kinds import dynamic_codes
 from qkit.targets.staging import as_output_error
 
 # A program has a largest size of every dimension that varies, for which it plans its memory.
 BOUNDS = {BATCH: 64}
 OTHER_BOUND = 512
-
-_DECOMPOSED = "quantized_decomposed::"
 
 
 @contextmanager
@@ -172,8 +171,8 @@ def per_row(module: fx.GraphModule) -> fx.GraphModule:
         module = copy.deepcopy(module)
     graph, ops = module.graph, torch.ops.quantized_decomposed
     for node in list(graph.nodes):
-        codes: Any = node.args[0] if _is(node, "dequantize_per_tensor") else None
-        if not (_is(codes, "quantize_per_tensor") and isinstance(codes.args[1], fx.Node)):
+        codes = dynamic_codes(node)
+        if codes is None:
             continue
         x, (low, high, dtype) = codes.args[0], codes.args[3:6]
         for user in list(node.users):
@@ -189,8 +188,3 @@ def per_row(module: fx.GraphModule) -> fx.GraphModule:
                 )
             user.replace_input_with(node, back)
     return clean(module)
-
-
-def _is(node: Any, name: str) -> bool:
-    schema = getattr(getattr(node, "target", None), "_schema", None)
-    return schema is not None and schema.name == _DECOMPOSED + name
