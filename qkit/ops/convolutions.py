@@ -1,8 +1,8 @@
 """Convolutions of any number of dimensions, forward and transposed, as operators.
 
-There is no kernel that multiplies codes: at each call the weight is dequantized and given to
-torch's own convolution. The native kernels dequantize into memory that is kept for the next call,
-at most :data:`SCRATCH_VALUES` values for each thread that calls.
+At each call the weight is dequantized and given to torch's own convolution, unless there are so
+few outputs that :mod:`qkit.ops.products` is faster. The native kernels dequantize into memory that
+is kept for the next call, at most :data:`SCRATCH_VALUES` values for each thread that calls.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qkit import native as library
 from qkit.ops import native
+from qkit.ops.products import product
 from qkit.ops.reference import rows_of, tiles, work_dtype
 from qkit.ops.schema import check_float, check_weight
 from qkit.packing.store import turn
@@ -155,6 +156,9 @@ def run(
     geometry: tuple[Any, ...],
 ) -> Tensor:
     """The convolution of ``x``, which is of ``native.TYPES`` and on the CPU."""
+    done = product(kernels, stored, x, bias, kernel, geometry)
+    if done is not None:
+        return done
     groups = geometry[3]
     if groups == 1 and stored.rows * stored.columns > SCRATCH_VALUES:
         return _by_pieces(x, _decoded(kernels, stored), bias, kernel, geometry)
