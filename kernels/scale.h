@@ -17,6 +17,12 @@ static inline float round_up(double x) {
     return y >= 0x1p-126f ? y : 0x1p-126f;
 }
 
+// x, which is not negative, rounded to nearest, but no smaller than the smallest normal number.
+static inline float nearest(double x) {
+    float y = (float)x;
+    return y >= 0x1p-126f ? y : 0x1p-126f;
+}
+
 // The code that zero has where codes from qmin to qmax begin at `lo`.
 static inline int32_t zero_point_of(double lo, float scale, int32_t qmin, int32_t qmax) {
     int32_t zero = qmin - (int32_t)__builtin_nearbyint(lo / (double)scale);

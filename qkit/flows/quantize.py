@@ -268,7 +268,8 @@ def quantize_file(
     out = destination(request, scheme)
     if request.format == GGUF:
         scale = gguf.scale_format(scheme)
-        scheme, recipe = scheme.with_scale(scale), recipe.with_scale(scale)
+        scheme = scheme.with_scale(scale)
+        recipe = recipe.with_schemes(lambda s: s.with_scale(scale))
     told(scheme.long_form())
     loaded = load_model(request.path, factory=request.model, trust_pickle=request.trust_pickle)
     told(f"loaded {request.path}: {loaded.source.kind}")
@@ -281,8 +282,8 @@ def quantize_file(
     inputs = few(data)
     if request.format == COMPRESSED:
         _check_transformers(request, loaded, inputs)
-        scale = compressed_tensors.scale_format(model)
-        scheme, recipe = scheme.with_scale(scale), recipe.with_scale(scale)
+        change = compressed_tensors.as_stored(model)
+        scheme, recipe = change(scheme), recipe.with_schemes(change)
     qmodel, report = _quantize(
         model,
         scheme,

@@ -76,5 +76,6 @@ class QLinear(QLayer):
             return ops.linear(x, *given)
         assert isinstance(acts.format, Int)
         if static is None:
-            return ops.linear_dynamic(x, *given, acts.format.bits, acts.symmetric)
+            full = acts.symmetric and not acts.format.narrow
+            return ops.linear_dynamic(x, *given, acts.format.bits, acts.symmetric, full)
         return ops.linear_static(x, *given, acts.format.bits, *static)

@@ -17,10 +17,13 @@ nowhere else:
   then rounded *up* to the format in which it is stored. Codes are computed with the stored
   scale. So nothing inside the range is ever clipped by more than the rounding of the zero point,
   and ``|x' - x| <= |scale| / 2`` holds for every x in the range.
-* A full symmetric range has one more code below zero than above. That code goes to the side of
-  the greatest magnitude: the scale is *negative* where that is the positive side. With ``a`` the
-  greater and ``b`` the lesser of -lo and hi, ``|scale| = max(a / -qmin, b / (qmax + 1/2))``. (Of
-  4 bits that is up to 1/8 finer than the narrow range: 1.2 dB for nothing.)
+* A full symmetric range has one more code below zero than above. In a weight that code goes to the
+  side of the greatest magnitude: the scale is *negative* where that is the positive side. With
+  ``a`` the greater and ``b`` the lesser of -lo and hi, ``|scale| = max(a / -qmin, b / (qmax +
+  1/2))``. (Of 4 bits that is up to 1/8 finer than the narrow range: 1.2 dB for nothing.) In
+  activations that are quantized at each call both sides are alike: ``max(-lo, hi) / ((qmax - qmin)
+  / 2)``, of 8 bits ``/ 127.5``, rounded to *nearest*, because the greatest value is then a tie,
+  which may lose half a step. That is how compressed-tensors reads its format.
 * A scale's magnitude is at least the smallest normal number of its format. A block of zeros (or
   of denormal numbers that small) has that scale and codes that are exactly zero (or nearly so).
 * The zero point is ``qmin - round(lo / scale)``: always inside [qmin, qmax].
@@ -120,6 +123,9 @@ def qparams_from_range(lo: Tensor, hi: Tensor, spec: QSpec, *, name: str = "tens
         exact = torch.maximum(below, high) / fmt.max
     elif spec.symmetric and fmt.narrow:
         exact = torch.maximum(below, high) / fmt.qmax
+    elif spec.symmetric and spec.when == "dynamic":
+        exact = torch.maximum(below, high) / ((fmt.qmax - fmt.qmin) / 2)
+        return QParams(exact.to(dtype).clamp(min=torch.finfo(dtype).tiny))
     elif spec.symmetric:
         greater, lesser = torch.maximum(below, high), torch.minimum(below, high)
         exact = torch.maximum(greater / -fmt.qmin, lesser / (fmt.qmax + 0.5))

@@ -183,11 +183,12 @@ def linear_dynamic(
     group: int,
     act_bits: int,
     act_symmetric: bool,
+    act_full: bool = False,
 ) -> Tensor | None:
     """``qkit::linear_dynamic``; None where the reference has to do it (or to refuse it)."""
     if not 2 <= act_bits <= 8:
         return None
-    acts = _dynamic(Int(act_bits, narrow=act_symmetric), act_symmetric)
+    acts = _dynamic(Int(act_bits, narrow=act_symmetric and not act_full), act_symmetric)
     return _linear(x, weight, scale, zero_point, bias, bits, group, lambda: acts)
 
 

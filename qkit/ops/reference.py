@@ -147,11 +147,12 @@ def linear_dynamic(
     group: int,
     act_bits: int,
     act_symmetric: bool,
+    act_full: bool = False,
 ) -> Tensor:
     """``linear`` of ``x`` rounded to integers, a row at a time."""
     check_float(x, "linear_dynamic")
     check_acts("linear_dynamic", act_bits)
-    fmt = Int(act_bits, narrow=act_symmetric)
+    fmt = Int(act_bits, narrow=act_symmetric and not act_full)
     spec = QSpec(fmt, PerToken(), act_symmetric, "dynamic")
     rows = _flat(x).to(work_dtype(x))
     finite = torch.isfinite(rows).all(1, keepdim=True)

@@ -38,7 +38,8 @@ SCHEMAS = {
     # [..., K] -> [..., N]
     "linear": f"({_LINEAR}) -> Tensor",
     "linear_codebook": f"(Tensor x, {_BOOK}, Tensor? bias, int bits, int group) -> Tensor",
-    "linear_dynamic": f"({_LINEAR}, int act_bits, bool act_symmetric) -> Tensor",
+    "linear_dynamic": f"({_LINEAR}, int act_bits, bool act_symmetric, "
+    "bool act_full=False) -> Tensor",
     "linear_static": f"({_LINEAR}, int act_bits, Tensor act_scale, Tensor? act_zero_point) "
     "-> Tensor",
     # [B, C, *size] -> [B, N, *size'] with zero padding, K = C / groups * prod(kernel): a row of the
@@ -173,6 +174,7 @@ def linear_dynamic_fake(
     group: int,
     act_bits: int,
     act_symmetric: bool,
+    act_full: bool = False,
 ) -> Tensor:
     """Shape and dtype of ``linear_dynamic``."""
     check_acts("linear_dynamic", act_bits)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from qkit.errors import InputError, UsageError
-from qkit.spec.floats import Float
 from qkit.spec.plain import from_a_file, show, take
 from qkit.spec.scheme import Scheme
 
@@ -70,9 +69,9 @@ class Recipe:
         """The first rule that matches the module ``name`` of one of the classes ``kinds``."""
         return next((rule for rule in self.rules if rule.matches(name, *kinds)), None)
 
-    def with_scale(self, scale: Float) -> Recipe:
-        """This recipe with the scales of all weights stored in the format ``scale``."""
-        rules = (replace(r, scheme=r.scheme and r.scheme.with_scale(scale)) for r in self.rules)
+    def with_schemes(self, change: Callable[[Scheme], Scheme]) -> Recipe:
+        """This recipe with what ``change`` makes of each scheme."""
+        rules = (replace(r, scheme=r.scheme and change(r.scheme)) for r in self.rules)
         return replace(self, rules=tuple(rules))
 
     def unused(self, modules: Iterable[tuple[str, ...]]) -> list[Rule]:

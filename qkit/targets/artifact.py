@@ -222,7 +222,8 @@ def is_input(spec: QSpec) -> bool:
     fmt, granularity = spec.format, spec.granularity
     if not (isinstance(fmt, Int) and fmt.signed and fmt.bits > 1):
         return False
-    if spec.symmetric != fmt.narrow:  # the full symmetric range has a negative scale
+    full = spec.symmetric and not fmt.narrow  # a static one would have a negative scale
+    if (fmt.narrow and not spec.symmetric) or (full and spec.when == "static"):
         return False
     per = {"dynamic": PerToken(), "static": PerTensor()}
     return per.get(spec.when) == granularity and spec.scale == FP32

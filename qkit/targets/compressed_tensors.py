@@ -21,16 +21,17 @@ encoder-decoder never makes, and it would expect zero points that are not packed
 
 It also decides what becomes of ``input_activations``. With ``true`` transformers never applies
 the configuration to the model, and activations stay exact. With ``false`` compressed-tensors rounds
-the input of each layer, but not as qkit does: its int8 range is -128..127 with the scale
-``max|x| / 127.5`` (qkit: -127..127, ``/ 127``), and an input of two dimensions is rounded as a
-whole, not row by row. No configuration gives qkit's outputs exactly for ``w8a8``; so the folder
-says the truth (int8, dynamic, per token), the exact activations are the reproducible choice, and
-the weights are what is verified.
+the input of each layer to -128..127 with the scale ``max|x| / 127.5``; so do qkit's layers of this
+format (:func:`as_stored`). An input of two dimensions it rounds as a whole, not row by row.
+So ``w8a8`` folders say ``false`` where that reproduces qkit's outputs, and else (encoder-decoders,
+for the reason above, and models whose layers take such inputs) ``true``: then the weights are what
+is verified.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ from qkit.nn import Entry
 from qkit.numerics import QParams, QTensor
 from qkit.packing import pack, packed_words, to_tensors, unpack
 from qkit.packing.store import Stored, matrix_shape
-from qkit.spec import BF16, FP16, FP32, Float, PerTensor, QSpec, Scheme
+from qkit.spec import BF16, FP16, FP32, Float, Int, PerTensor, QSpec, Scheme
 from qkit.targets import COMPRESSED
 from qkit.targets.artifact import LayerFacts
 
@@ -67,10 +68,17 @@ def layer_obstacle(entry: Entry, scheme: Scheme) -> str | None:
     return None
 
 
-def scale_format(model: nn.Module) -> Float:
-    """The format of the scales: the dtype of ``model``, in which every reader keeps them."""
+def as_stored(model: nn.Module) -> Callable[[Scheme], Scheme]:
+    """What the format makes of a scheme: scales in the dtype of ``model``, in which every reader
+    keeps them, and int8 activations in -128..127."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    return _SCALES.get(dtype, FP32)
+
+    def change(scheme: Scheme) -> Scheme:
+        scheme = scheme.with_scale(_SCALES.get(dtype, FP32))
+        acts = scheme.input and replace(scheme.input, format=Int(8))
+        return replace(scheme, input=acts)
+
+    return change
 
 
 def format_name(acts: QSpec | None) -> str:
@@ -78,7 +86,9 @@ def format_name(acts: QSpec | None) -> str:
     return "pack-quantized" if acts is None else "int-quantized"
 
 
-def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    scheme: Scheme, ignore: Sequence[str], dequantize: bool = True
+) -> dict[str, Any]:
     """What ``config.json`` says: every ``Linear`` is under ``scheme`` but those in ``ignore``."""
     spec, acts = scheme.weight, scheme.input
     grain: dict[str, Any] = {"strategy": "tensor" if spec.granularity == PerTensor() else "channel"}
@@ -101,7 +111,7 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]
         "config_groups": {"group_0": group},
         "ignore": list(ignore),
         "kv_cache_scheme": None,
-        "dequantize": True,
+        "dequantize": dequantize,
     }
 
 

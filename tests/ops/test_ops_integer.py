@@ -175,6 +175,23 @@ def test_every_weight(scheme, way):
         check(way, randn(2, 70), case, None, acts)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("columns", [1, 7, 33, 513])
+def test_the_full_symmetric_range(columns, bits, way):
+    """Activations from -2^(b-1) on, with the scale max|x| / (2^(b-1) - 1/2)."""
+    case, x = stored("w4a16-g8", 5, columns), randn(7, columns)
+    got = run(way, "linear_dynamic", x, *case.args, None, *case.how, bits, True, True)
+    least, rows = -(2 ** (bits - 1)), x.double().numpy()
+    scale = np.abs(rows).max(1, keepdims=True) / (-least - 0.5)
+    scale = scale.astype(np.float32)  # to nearest
+    codes = np.clip(np.rint(x.numpy() / scale), least, -least - 1)
+    assert codes.min() == least
+    rounded = codes * scale.astype(np.float64)
+    want, size = linear_oracle(rounded, case.exact, None)
+    assert (np.abs(got.double().numpy() - want) <= (columns + 8) * 2.0**-24 * size).all()
+    torch.library.opcheck(ops.linear_dynamic, (x, *case.args, None, *case.how, bits, True, True))
+
+
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("scheme", ["w8a16-g5-asym", "w8a16", "w4a16-g32", "w3a16-g8-asym"])
 def test_every_number_of_columns(scheme, columns, way):

@@ -17,11 +17,11 @@ from qkit.spec import BF16, FP16, FP32, Recipe, parse
 from qkit.targets import COMPRESSED, check_format
 from qkit.targets.artifact import LayerFacts
 from qkit.targets.compressed_tensors import (
+    as_stored,
     from_format,
     layer_obstacle,
     layout,
     quantization_config,
-    scale_format,
     to_format,
 )
 
@@ -111,7 +111,14 @@ def test_unknown_formats_and_missing_packages(monkeypatch):
     [(torch.float16, FP16), (torch.bfloat16, BF16), (torch.float32, FP32), (torch.float64, FP32)],
 )
 def test_scales_are_in_the_dtype_of_the_model(dtype, scale):
-    assert scale_format(nn.Linear(2, 2).to(dtype)) == scale
-    rules = Recipe.simple(parse("w4a16-g32"), ["0"]).with_scale(scale).rules
+    change = as_stored(nn.Linear(2, 2).to(dtype))
+    rules = Recipe.simple(parse("w4a16-g32"), ["0"]).with_schemes(change).rules
     assert [r.scheme and r.scheme.weight.scale for r in rules] == [None, scale]
     assert rules[1].scheme.name == "w4a16-g32"
+    acts = change(parse("w8a8")).input
+    assert (acts.format.qmin, acts.format.qmax, acts.symmetric, acts.scale) == (
+        -128,
+        127,
+        True,
+        FP32,
+    )
