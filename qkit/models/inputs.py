@@ -196,21 +196,22 @@ def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
             where=inputs.origin,
             fix="--input or --calib with what the model takes",
         ) from error
-    tensors = list(_flatten(output))
+    tensors = list(flatten(output))
     if not tensors:
         raise InputError("the model returned no tensor", got=type(output).__name__)
     return tensors
 
 
-def _flatten(value: Any) -> Iterator[Tensor]:
+def flatten(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a model returns, in a fixed order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):  # also the outputs of transformers
         for below in value.values():
-            yield from _flatten(below)
+            yield from flatten(below)
     elif isinstance(value, list | tuple):
         for below in value:
-            yield from _flatten(below)
+            yield from flatten(below)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield from _flatten(getattr(value, field.name))
+            yield from flatten(getattr(value, field.name))

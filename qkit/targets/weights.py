@@ -77,8 +77,10 @@ def describe_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any
     return unique, facts
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file; equal tensors give equal bytes."""
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, with ``facts`` in its metadata; equal tensors give equal bytes."""
     plain = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu()
@@ -94,7 +96,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         if tensor.numel() and tensor.data_ptr() in seen:
             plain[name] = tensor.clone()
         seen.add(tensor.data_ptr())
-    save_file(plain, path, metadata={"format": "pt"})
+    save_file(plain, path, metadata={"format": "pt", **(facts or {})})
     os.chmod(path, 0o666 & ~_umask())  # the library writes files that only their owner can read
 
 
