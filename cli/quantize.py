@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from qkit.cli.common import (
     architecture_options,
+    calib_option,
     debug_option,
+    image_option,
     json_option,
     progress_bar,
     quiet_option,
@@ -92,13 +94,8 @@ if TYPE_CHECKING:
     metavar="SHAPE",
     help="Random inputs to compare on, such as 1x3x224x224 or 2x16:int64.",
 )
-@click.option(
-    "--calib",
-    type=click.Path(),
-    metavar="FILE.npz",
-    help="Real inputs, by argument name: to learn from and to compare on. With --target onnx "
-    "or xnnpack also MODULE:FUNCTION, which returns batches.",
-)
+@calib_option("Real inputs to learn from and to compare on")
+@image_option
 @architecture_options
 @runtime_cache_option
 @click.option(
