@@ -96,6 +96,12 @@ if TYPE_CHECKING:
 )
 @calib_option("Real inputs to learn from and to compare on")
 @image_option
+@click.option(
+    "--calib-report",
+    is_flag=True,
+    help="With --target onnx or xnnpack: show the range of each activation, what it clips, and "
+    "outliers.",
+)
 @architecture_options
 @runtime_cache_option
 @click.option(
@@ -179,6 +185,7 @@ def command(
         raise UsageError("--stream and --backend are for --target torch")
     others = {"--dialect": request.dialect, "--dynamic": request.dynamic}
     others |= {"--accuracy-level": request.accuracy_level, "--bound": request.bound}
+    others |= {"--calib-report": request.calib_report}
     if not lowered and any(others.values()):
         wrong = ", ".join(name for name, value in others.items() if value)
         raise UsageError("an option of another target", got=wrong, fix="--target onnx or xnnpack")

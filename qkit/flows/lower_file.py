@@ -60,6 +60,7 @@ def lower_file(
         overwrite=request.overwrite,
         min_coverage=request.min_coverage,
         min_sqnr=request.min_sqnr,
+        calib_report=request.calib_report,
         progress=progress,
         told=told,
     )

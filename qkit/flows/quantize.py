@@ -227,6 +227,7 @@ class Request:
     runtime_cache: bool = False
     bound: tuple[str, ...] = ()
     image: tuple[str, ...] = ()
+    calib_report: bool = False
 
 
 def resolve_request(request: Request) -> tuple[Scheme, Recipe]:
