@@ -36,6 +36,26 @@ threads_option = click.option(
 seed_option = click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of generated inputs."
 )
+
+
+def calib_option(what: str) -> Decorator:
+    """``--calib``: where data are."""
+    return click.option(
+        "--calib",
+        type=click.Path(),
+        metavar="DATA",
+        help=f"{what}: FILE.npz (arrays by argument name), a folder of pictures, or "
+        "MODULE:FUNCTION, which returns batches.",
+    )
+
+
+image_option = click.option(
+    "--image",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="How a folder of pictures is read: resize, crop, mean, std, color (rgb or gray), count "
+    "[resize=256 crop=224 mean=0.485,0.456,0.406 std=0.229,0.224,0.225 count=512]. Repeatable.",
+)
 runtime_cache_option = click.option(
     "--runtime-cache",
     is_flag=True,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import click
 from qkit.cli.common import (
     architecture_options,
+    calib_option,
     debug_option,
+    image_option,
     json_option,
     print_json,
     seed_option,
@@ -18,9 +20,8 @@ from qkit.cli.common import (
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @click.option("--input", "input_spec", metavar="SHAPE", help="Random inputs, such as 1x3x32x32.")
-@click.option(
-    "--calib", type=click.Path(), metavar="FILE.npz", help="Real inputs, by argument name."
-)
+@calib_option("Real inputs")
+@image_option
 @architecture_options
 @threads_option
 @seed_option
@@ -31,6 +32,7 @@ def command(
     b: str,
     input_spec: str | None,
     calib: str | None,
+    image: tuple[str, ...],
     model: str | None,
     trust_pickle: bool,
     threads: int | None,
@@ -43,13 +45,16 @@ def command(
 
     from qkit.errors import UsageError
     from qkit.flows import compare
-    from qkit.models import from_npz, parse_input_spec
+    from qkit.flows.data import open_data
+    from qkit.flows.evaluate import COMPARED_SAMPLES
+    from qkit.models import parse_input_spec
 
     if input_spec and calib:
         raise UsageError("give --input or --calib, not both")
     set_threads(threads)
     inputs = parse_input_spec(input_spec, seed=seed) if input_spec else None
-    inputs = from_npz(calib) if calib else inputs
+    if calib:
+        inputs = open_data(calib, images=image).head(COMPARED_SAMPLES)
     result = compare(a, b, inputs, model=model, trust_pickle=trust_pickle)
     if as_json:
         print_json(result.to_json())

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from qkit.cli.common import (
     architecture_options,
+    calib_option,
     debug_option,
+    image_option,
     json_option,
     progress_bar,
     quiet_option,
@@ -92,12 +94,13 @@ if TYPE_CHECKING:
     metavar="SHAPE",
     help="Random inputs to compare on, such as 1x3x224x224 or 2x16:int64.",
 )
+@calib_option("Real inputs to learn from and to compare on")
+@image_option
 @click.option(
-    "--calib",
-    type=click.Path(),
-    metavar="FILE.npz",
-    help="Real inputs, by argument name: to learn from and to compare on. With --target onnx "
-    "or xnnpack also MODULE:FUNCTION, which returns batches.",
+    "--calib-report",
+    is_flag=True,
+    help="With --target onnx or xnnpack: show the range of each activation, what it clips, and "
+    "outliers.",
 )
 @architecture_options
 @runtime_cache_option
@@ -182,6 +185,7 @@ def command(
         raise UsageError("--stream and --backend are for --target torch")
     others = {"--dialect": request.dialect, "--dynamic": request.dynamic}
     others |= {"--accuracy-level": request.accuracy_level, "--bound": request.bound}
+    others |= {"--calib-report": request.calib_report}
     if not lowered and any(others.values()):
         wrong = ", ".join(name for name, value in others.items() if value)
         raise UsageError("an option of another target", got=wrong, fix="--target onnx or xnnpack")

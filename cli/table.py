@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +49,8 @@ def print_report(report: Report) -> None:
     """The layers, then the totals and the verdict."""
     out = console()
     out.print(_layers(report.layers))
+    if activations := report.calibration.get("activations"):
+        out.print(_activations(activations))
     out.print(_totals(report))
     for remark in report.remarks:
         out.print(f"note: {remark}")
@@ -77,6 +80,28 @@ def _layers(rows: list[LayerRow]) -> Table:
             style=None if done else "dim",
         )
     return table
+
+
+def _activations(rows: list[dict[str, Any]]) -> Table:
+    """The ranges of activations, the least exact first."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("activation", overflow="fold")
+    for name in ("least", "greatest", "range", "clipped", "outliers", "SQNR"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in sorted(rows, key=_sqnr_of)[:MAX_ROWS]:
+        table.add_row(
+            row["name"],
+            *(f"{value:.4g}" for value in row["seen"]),
+            f"[{row['range'][0]:.4g}, {row['range'][1]:.4g}]",
+            f"{row['clipped']:.4%}",
+            f"{row['outliers']:.1f}x",
+            decibels(row["sqnr_db"]),
+        )
+    return table
+
+
+def _sqnr_of(row: dict[str, Any]) -> float:
+    return float("inf") if row["sqnr_db"] is None else float(row["sqnr_db"])
 
 
 def _totals(report: Report) -> Table:

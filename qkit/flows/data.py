@@ -1,8 +1,8 @@
-"""Calibration data as a stream of batches: an .npz file, a function of the user's, or tensors."""
+"""Calibration data as a stream of batches: a file, pictures, a function of the user's, tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,23 @@ from torch import Tensor, nn
 
 from qkit.errors import InputError, UsageError
 from qkit.flows.evaluate import AnyInputs, as_inputs
-from qkit.models import Inputs, batches, from_npz, leading, resolve_callable, split
+from qkit.models import (
+    ImageOptions,
+    Inputs,
+    batches,
+    drawn,
+    from_npz,
+    image_files,
+    leading,
+    parse_images,
+    read_image,
+    resolve_callable,
+    split,
+)
 
 BATCH = 8
+# Samples that are held in memory of data whose number is not known.
+MAX_SAMPLES = 1024
 
 
 @dataclass(frozen=True)
@@ -35,13 +49,14 @@ class Data:
         Raises what :meth:`first` raises.
         """
         stream = self.stream()
-        found = self._next(stream)
-        while leading(found) < samples and (more := next(stream, None)) is not None:
-            joined = _join(found, more)
-            if joined is None:
+        found = [self._next(stream)]
+        count = leading(found[0])
+        while count < samples and (more := next(stream, None)) is not None:
+            if not _fit(found[0], more):
                 break
-            found = joined
-        return split(found, samples)
+            found.append(more)
+            count += leading(more)
+        return split(_join(found), samples)
 
     def _next(self, stream: Iterator[Inputs]) -> Inputs:
         found = next(stream, None)
@@ -61,16 +76,22 @@ class Data:
         return replace(self, stream=stream)
 
 
-def _join(a: Inputs, b: Inputs) -> Inputs | None:
-    """Both batches as one; None where they differ in more than their number of samples."""
+def _fit(a: Inputs, b: Inputs) -> bool:
+    """Whether both batches differ in nothing but their number of samples."""
     pairs = list(zip(tensors_of(a).values(), tensors_of(b).values(), strict=True))
     if any(x.dim() == 0 or x.shape[1:] != y.shape[1:] for x, y in pairs):
-        return None
-    if any(len(x) != leading(a) or len(y) != leading(b) for x, y in pairs):
-        return None
-    both = [torch.cat(pair) for pair in pairs]
-    args, rest = both[: len(a.args)], both[len(a.args) :]
-    return replace(a, args=tuple(args), kwargs=dict(zip(a.kwargs, rest, strict=True)))
+        return False
+    return all(len(x) == leading(a) and len(y) == leading(b) for x, y in pairs)
+
+
+def _join(parts: list[Inputs]) -> Inputs:
+    """Batches that fit together as one."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    both = [torch.cat(each) for each in zip(*(tensors_of(p).values() for p in parts), strict=True)]
+    args, rest = both[: len(first.args)], both[len(first.args) :]
+    return replace(first, args=tuple(args), kwargs=dict(zip(first.kwargs, rest, strict=True)))
 
 
 def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
@@ -100,20 +121,47 @@ def from_iterable(make: Callable[[], Iterable[Any]], origin: str) -> Data:
     return Data(origin, lambda: _checked(stream()))
 
 
-def open_data(text: str, model: nn.Module | None = None) -> Data:
-    """The data that ``--calib`` names: ``FILE.npz``, or ``module:function`` of batches.
+def from_images(folder: str | Path, options: ImageOptions | None = None) -> Data:
+    """Pictures of a folder and those below it, read a batch at a time (:mod:`qkit.models.images`).
 
-    The function is called without arguments, once for each pass, and returns an iterable. Raises
-    what :func:`qkit.models.from_npz` raises, and :class:`~qkit.errors.UsageError` for a function
-    that cannot be found.
+    Raises :class:`~qkit.errors.InputError` if there is none, or, when it is read, for one that is
+    damaged.
     """
+    options = options or ImageOptions()
+    files = image_files(folder)
+    chosen = drawn(files, options.count)
+    size = f"{options.channels}x{options.crop}x{options.crop}"
+    origin = f"{folder}, {len(chosen)} of {len(files)} pictures, {size}"
+
+    def stream() -> Iterator[Inputs]:
+        for start in range(0, len(chosen), BATCH):
+            pictures = [read_image(path, options) for path in chosen[start : start + BATCH]]
+            yield Inputs((torch.stack(pictures),), {}, origin)
+
+    return Data(origin, lambda: _checked(stream()), len(chosen))
+
+
+def open_data(text: str, model: nn.Module | None = None, images: Sequence[str] = ()) -> Data:
+    """The data that ``--calib`` names: ``FILE.npz``, a folder of pictures, or ``module:function``.
+
+    ``images`` say how pictures are read (:func:`qkit.models.parse_images`). The function is called
+    without arguments, once for each pass, and returns an iterable of batches. Raises what
+    :func:`qkit.models.from_npz` and :func:`from_images` raise, and
+    :class:`~qkit.errors.UsageError` for a function that cannot be found.
+    """
+    if Path(text).is_dir():
+        return from_images(text, parse_images(images))
+    if images:
+        raise UsageError("--image is for a folder of pictures", got=f"--calib {text}")
     if ":" in text and not Path(text).exists():
         return from_iterable(resolve_callable(text), text)
-    if Path(text).is_dir():
-        raise UsageError(
-            "the calibration data are a folder", got=text, wanted="FILE.npz or module:function"
-        )
     return in_memory(from_npz(text, model))
+
+
+def gathered(text: str, model: nn.Module | None = None, images: Sequence[str] = ()) -> Inputs:
+    """All of :func:`open_data` in memory, of a function's batches the first :data:`MAX_SAMPLES`."""
+    data = open_data(text, model, images)
+    return data.head(data.samples or MAX_SAMPLES)
 
 
 def _checked(stream: Iterator[Inputs]) -> Iterator[Inputs]:

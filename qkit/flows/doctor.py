@@ -14,6 +14,7 @@ from qkit.report import machine, package_version, versions
 EXTRAS = {
     "demo": (("scikit-learn", "sklearn"),),
     "hf": (("transformers", "transformers"),),
+    "images": (("pillow", "PIL.Image"),),
     "pt2e": (("torchao", "torchao"),),
     "xnnpack": (("torchao", "torchao"), ("executorch", "executorch.runtime")),
     "onnx": (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qkit.errors import RequestError, UsageError
 from qkit.flows.check import recorded, small
 from qkit.flows.data import Data, in_memory
+from qkit.flows.data_check import suspicions
 from qkit.flows.evaluate import (
     COMPARED_SAMPLES,
     MAX_SLOWDOWN,
@@ -70,6 +71,7 @@ def lower(
     overwrite: bool = False,
     min_coverage: float = 0.0,
     min_sqnr: float | None = None,
+    calib_report: bool = False,
     progress: Progress = no_progress,
     told: Callable[[str], None] = lambda text: None,
 ) -> Report:
@@ -79,6 +81,7 @@ def lower(
     (``w4a16-g32``, by ``algorithm`` as in :func:`qkit.quantize`). ``calib`` are real inputs, in
     batches; a dynamic scheme takes no more of them than the comparison does. ``dims`` names dynamic
     dimensions besides the batch (:func:`qkit.graph.capture`), ``options`` are the target's.
+    With ``calib_report`` the report has a row for each activation with a learnt range.
 
     The artifact appears once the target's runtime has loaded it in a fresh process and reproduced
     the converted program. Raises what :func:`qkit.flows.pt2e.convert` raises, before the data are
@@ -112,6 +115,7 @@ def lower(
             observer=observer,
             dims=dims,
             options=options,
+            watch=calib_report,
             progress=progress,
         )
         converted = replace(converted, module=runtime.specialize(converted))
@@ -120,6 +124,11 @@ def lower(
     report = new_report(main, target, recipe, rows)
     report.scheme_long = long
     report.remarks += converted.captured.notes
+    if any(site.static for site in converted.sites):
+        report.remarks += suspicions(model, inputs, converted.samples)
+        report.calibration = {"samples": converted.samples, "origin": data.origin}
+        if calib_report:
+            report.calibration["activations"] = [asdict(row) for row in converted.activations]
     fill_outputs(report, model, converted.module, inputs)
     report.kernels = {}
     check_budgets(report, min_coverage=min_coverage, min_sqnr=min_sqnr)

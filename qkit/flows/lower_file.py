@@ -60,6 +60,7 @@ def lower_file(
         overwrite=request.overwrite,
         min_coverage=request.min_coverage,
         min_sqnr=request.min_sqnr,
+        calib_report=request.calib_report,
         progress=progress,
         told=told,
     )
@@ -108,7 +109,7 @@ def _options(request: Request) -> dict[str, Any]:
 
 def _data(request: Request, loaded: Loaded) -> Data | Inputs:
     if request.calib and not request.input:
-        return open_data(request.calib, loaded.model)
+        return open_data(request.calib, loaded.model, request.image)
     inputs = request_inputs(request, loaded)
     if inputs is None:
         raise UsageError(

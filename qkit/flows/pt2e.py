@@ -36,6 +36,7 @@ def convert(
     dims: Dims | None = None,
     quantizer: Any = None,
     options: Mapping[str, Any] | None = None,
+    watch: bool = False,
     progress: Progress = no_progress,
 ) -> Converted:
     """``model`` as a converted PT2E program, calibrated with ``data``.
@@ -45,12 +46,17 @@ def convert(
     ``F.linear``). ``dialect`` is a key of :data:`qkit.graph.DIALECTS`; ``observer`` one of
     :data:`qkit.numerics.OBSERVERS`. ``dims`` are as in :func:`qkit.graph.capture`. A ``quantizer``
     of your own (:mod:`qkit.graph.annotate`) replaces recipe and dialect for the annotations.
+    With ``watch`` the result tells what each activation looks like (``activations``).
 
     Raises :class:`~qkit.errors.InputError` for a model that cannot be captured, is not finite, or
     has no values, and for data that it does not take; :class:`~qkit.errors.UsageError` for unknown
     names; :class:`~qkit.errors.CoverageError` if nothing can be quantized.
     """
     require_packages(["torchao"], "pt2e", "the PT2E flow")
+    from qkit.graph.annotate import RecipeQuantizer, name_observers
+    from qkit.graph.ao import convert_pt2e, prepare_pt2e
+    from qkit.graph.ranges import activation_rows, watch_activations
+
     recipe = resolve(scheme, ignore)
     if observer not in OBSERVERS:
         raise UsageError("unknown observer", got=observer, wanted=nearest(observer, OBSERVERS))
@@ -71,9 +77,22 @@ def convert(
     sites = find_sites(module, recipe, dialect)
     if quantizer is None and all(site.scheme is None for site in sites):
         raise _nothing(sites)
-    module, sites = _quantized(module, recipe, dialect, observer, quantizer, data, progress)
+    quantizer = quantizer or RecipeQuantizer(recipe, dialect, observer)
+    with quiet():
+        prepared = prepare_pt2e(module, quantizer)
+    name_observers(prepared)
+    if watch:
+        watch_activations(prepared)
+    sites = quantizer.sites if isinstance(quantizer, RecipeQuantizer) else []
+    static = not isinstance(quantizer, RecipeQuantizer) or any(site.static for site in sites)
+    samples = _calibrate(prepared, data, progress, once=not static)
+    activations = tuple(activation_rows(prepared)) if watch else ()
+    with quiet():
+        module = _without_unused(convert_pt2e(prepared))
     expected = sum(site.layers for site in sites if site.scheme is not None)
-    return Converted(captured, module, tuple(sites), expected, dict(options or {}))
+    return Converted(
+        captured, module, tuple(sites), expected, dict(options or {}), activations, samples
+    )
 
 
 def resolve(scheme: str | Scheme | Recipe, ignore: Sequence[str]) -> Recipe:
@@ -83,32 +102,15 @@ def resolve(scheme: str | Scheme | Recipe, ignore: Sequence[str]) -> Recipe:
     return Recipe.simple(parse(scheme) if isinstance(scheme, str) else scheme, ignore)
 
 
-def _quantized(
-    module: fx.GraphModule,
-    recipe: Recipe,
-    dialect: Dialect,
-    observer: str,
-    quantizer: Any,
-    data: Data,
-    progress: Progress,
-) -> tuple[fx.GraphModule, list[Site]]:
-    from qkit.graph.annotate import RecipeQuantizer, name_observers
-    from qkit.graph.ao import convert_pt2e, prepare_pt2e
-
-    ours = quantizer is None
-    if ours:
-        quantizer = RecipeQuantizer(recipe, dialect, observer)
-    with quiet():
-        prepared = prepare_pt2e(module, quantizer)
-    name_observers(prepared)
-    static = not ours or any(site.static for site in quantizer.sites)
+def _calibrate(prepared: fx.GraphModule, data: Data, progress: Progress, *, once: bool) -> int:
+    """Run the data, or the first batch, through the observers; the number of samples."""
     done = 0
     for batch in data.stream():
         _observe(prepared, batch)
         done += leading(batch)
         progress(done, data.samples or 0, "calibrating")
         # Without ranges to learn, one pass is still needed: weights are looked at by running.
-        if not static:
+        if once:
             break
     if not done:
         raise InputError(
@@ -116,10 +118,7 @@ def _quantized(
             where=data.origin,
             wanted="at least as many samples as the model's fixed batch",
         )
-    with quiet():
-        converted = convert_pt2e(prepared)
-    sites = quantizer.sites if ours else []
-    return _without_unused(converted), sites
+    return done
 
 
 def _observe(prepared: fx.GraphModule, batch: Inputs) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from qkit.algorithms import CALIBRATED, DATA_FREE
 from qkit.errors import InputError, RequestError, UsageError, nearest
 from qkit.flows.casts import cast_module
+from qkit.flows.data import gathered
 from qkit.flows.evaluate import (
     AnyInputs,
     as_inputs,
@@ -30,7 +31,7 @@ from qkit.flows.evaluate import (
 from qkit.flows.export import save_compressed_tensors, save_gguf
 from qkit.flows.ptq import Obstacle, Progress, no_obstacle, no_progress, quantize_module
 from qkit.flows.save import check_budgets, save
-from qkit.models import Inputs, Loaded, from_npz, infer, parse_input_spec, run
+from qkit.models import Inputs, Loaded, infer, parse_input_spec, run
 from qkit.models import load as load_model
 from qkit.nn import keep_floats, tree
 from qkit.report import Report
@@ -111,9 +112,10 @@ def quantize(
     lists layers to leave: full names (with everything below them), class names or
     ``re:<pattern>``. ``inputs`` (a tensor, a sequence or a mapping of tensors) are run through
     both models for the report's error and latency; without them, the inputs are inferred from the
-    first layer where that works. ``calib`` is such inputs too, or an .npz file, but real ones: the
-    algorithm may learn from them. ``algorithm`` is ``rtn`` (round to nearest), ``gptq`` (needs
-    ``calib``) or ``auto``: ``gptq`` for fewer than 8 bits where there is ``calib``, else ``rtn``.
+    first layer where that works. ``calib`` is such inputs too, or what ``--calib`` names
+    (:func:`qkit.flows.data.open_data`), but real ones: the algorithm may learn from them.
+    ``algorithm`` is ``rtn`` (round to nearest), ``gptq`` (needs ``calib``) or ``auto``: ``gptq``
+    for fewer than 8 bits where there is ``calib``, else ``rtn``.
     ``model`` is not changed unless ``in_place``. ``runtime_cache`` lets convolutions keep their
     weights in float between calls.
 
@@ -135,7 +137,7 @@ def quantize(
         raise UsageError("give inputs or calib, not both")
     given: Inputs | None
     if isinstance(calib, str | Path):
-        given = from_npz(calib, model)
+        given = gathered(str(calib), model)
     elif calib is not None:
         given = as_inputs(calib)
     else:
@@ -224,6 +226,8 @@ class Request:
     dynamic: tuple[str, ...] = ()
     runtime_cache: bool = False
     bound: tuple[str, ...] = ()
+    image: tuple[str, ...] = ()
+    calib_report: bool = False
 
 
 def resolve_request(request: Request) -> tuple[Scheme, Recipe]:
@@ -381,7 +385,7 @@ def request_inputs(request: Request, loaded: Loaded) -> Inputs | None:
     if request.input:
         return parse_input_spec(request.input, seed=request.seed)
     if request.calib:
-        return from_npz(request.calib, loaded.model)
+        return gathered(request.calib, loaded.model, request.image)
     if loaded.example_inputs is not None:
         return loaded.example_inputs
     return infer(loaded.model, seed=request.seed)

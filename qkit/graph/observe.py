@@ -10,7 +10,8 @@ from torch import Tensor
 from qkit.errors import InputError
 from qkit.graph.ao import DerivedQuantizationSpec, ObserverBase, QuantizationSpec
 from qkit.numerics import OBSERVERS, Observer, qparams_from_range
-from qkit.numerics.observers import Kind
+from qkit.numerics.histogram import Histogram
+from qkit.numerics.observers import Kind, Mse
 from qkit.spec import Int, PerChannel, QSpec
 
 _EPS = torch.finfo(torch.float32).eps
@@ -39,13 +40,27 @@ class PerChannelRange(ObserverBase):
         self.quant_min, self.quant_max = quant_min, quant_max
         self.qscheme, self.ch_axis, self.eps = qscheme, ch_axis, _EPS
         self.observer = Observer(kind, spec, "a tensor of the graph")
+        self._watched: Observer | None = None
+
+    def watch(self) -> None:
+        """Keep the distribution of the values too, for reports."""
+        self._watched = Observer(Mse(), self.observer.spec, self.observer.name)
+
+    @property
+    def distribution(self) -> Histogram | None:
+        """The values so far, if they are kept and there are any."""
+        kept = self._watched.state if self._watched else self.observer.state
+        return kept if isinstance(kept, Histogram) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` itself, noted."""
         done = self.observer.spec.when == "weight" and self.observer.state is not None
         if not (done or self.is_dynamic):
             # A range that flatten shares with its input is one of values, not of a shape.
-            self.observer.update(x if self.ch_axis is not None else x.reshape(-1))
+            values = x if self.ch_axis is not None else x.reshape(-1)
+            self.observer.update(values)
+            if self._watched is not None:
+                self._watched.update(values)
         return x
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:

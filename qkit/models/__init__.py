@@ -3,6 +3,11 @@
 from qkit.models.factory import resolve_callable as resolve_callable
 from qkit.models.factory import resolve_factory as resolve_factory
 from qkit.models.factory import skeleton as skeleton
+from qkit.models.images import ImageOptions as ImageOptions
+from qkit.models.images import drawn as drawn
+from qkit.models.images import image_files as image_files
+from qkit.models.images import parse_images as parse_images
+from qkit.models.images import read_image as read_image
 from qkit.models.infer import infer as infer
 from qkit.models.inputs import Inputs as Inputs
 from qkit.models.inputs import batches as batches

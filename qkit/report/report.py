@@ -43,6 +43,7 @@ class Report:
     ``latency_ms`` float and quantized {median, p10, p90, repeats}, speedup, threads
     ``kernels`` implementation -> calls in one forward pass (counted, not assumed)
     ``verification`` status, level, runtime, fresh_process, checks
+    ``calibration`` samples, activations (:class:`~qkit.report.ActivationRow`), where asked for
     ``remarks`` plain sentences: what is not faster and why, what was assumed
     """
 
@@ -57,6 +58,7 @@ class Report:
     kernels: dict[str, int] = field(default_factory=dict)
     verification: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    calibration: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from qkit.errors import CoverageError
 from qkit.graph import Captured, Dialect, Site
+from qkit.report import ActivationRow
 from qkit.spec import Scheme
 from qkit.targets import TARGETS
 
@@ -28,13 +29,16 @@ Session = Callable[[Sequence[Tensor], Mapping[str, Tensor]], list[Tensor]]
 class Converted:
     """What is lowered: the captured float model, the quantized ``module`` (of PT2E, with quantize
     and dequantize operators, or with weights that the target has operators for), and what became of
-    each layer of PT2E. ``expected`` layers should run as integers; ``options`` are the target's."""
+    each layer of PT2E. ``expected`` layers should run as integers; ``options`` are the target's,
+    ``activations`` the ranges learnt from ``samples``, where a report of them was asked for."""
 
     captured: Captured
     module: fx.GraphModule
     sites: tuple[Site, ...]
     expected: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    activations: tuple[ActivationRow, ...] = ()
+    samples: int = 0
 
     @property
     def chosen(self) -> list[Site]:

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from qkit.errors import InputError, MissingExtraError, UsageError
-from qkit.flows.data import from_iterable, in_memory, open_data
+from qkit.flows.data import from_iterable, gathered, in_memory, open_data
 from qkit.flows.pt2e import convert
+from qkit.models import read_image
 
 
 @pytest.fixture
@@ -89,8 +91,40 @@ def test_wrong_sources(folder, mlp):
         open_data("missing.npz", mlp)
     with pytest.raises(UsageError, match="cannot import"):
         open_data("missing_module:batches", mlp)
-    with pytest.raises(UsageError, match="are a folder"):
+    with pytest.raises(InputError, match="no pictures"):
         open_data(str(folder), mlp)
+    with pytest.raises(UsageError, match="--image is for a folder"):
+        open_data("data.npz", mlp, ["crop=3"])
+
+
+def test_a_folder_of_pictures_is_streamed(folder, cnn, monkeypatch):
+    for index in range(11):
+        pixels = np.random.default_rng(index).integers(0, 256, (20, 24, 3), "u1")
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    opened = []
+    monkeypatch.setattr(
+        "qkit.flows.data.read_image", lambda *each: opened.append(each) or read_image(*each)
+    )
+    data = open_data(".", cnn, ["crop=16", "count=10"])
+    assert data.samples == 10
+    assert not opened
+    assert data.first().args[0].shape == (8, 3, 16, 16)
+    assert len(opened) == 8
+    assert "10 of 11 pictures, 3x16x16" in data.origin
+    assert sizes(data) == [8, 2]
+    assert len(convert(cnn, "int8-static", data).chosen) == 3
+    (folder / "3.png").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"3\.png"):
+        convert(cnn, "int8-static", open_data(".", cnn, ["crop=16"]))
+
+
+def test_all_samples_as_one_batch(folder, mlp):
+    np.savez("data.npz", input=np.arange(21 * 33, dtype="f4").reshape(21, 33))
+    assert gathered("data.npz", mlp).kwargs["input"].flatten().tolist() == list(range(21 * 33))
+    Path("many.py").write_text(
+        "import torch\ndef batches():\n    for n in range(1000):\n        yield torch.ones(9, 33)\n"
+    )
+    assert gathered("many.py:batches", mlp).args[0].shape == (1024, 33)
 
 
 def test_a_fixed_batch_uses_whole_batches_only():
