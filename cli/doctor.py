@@ -23,7 +23,8 @@ def command(as_json: bool, debug: bool) -> None:
     click.echo(f"{'processor':16} {about['cpu']} ({about['arch']}), {about['cores']} cores")
     click.echo(f"{'instructions':16} {' '.join(about['isa']) or 'none that qkit knows'}")
     click.echo(f"{'threads':16} {about['threads']}")
-    click.echo(f"{'C++ compiler':16} {facts['compiler'] or 'none'}")
+    compiler = facts["compiler"] or "none (--target inductor needs one)"
+    click.echo(f"{'C++ compiler':16} {compiler}")
     kernels = facts["kernels"]
     click.echo(f"{'native kernels':16} {kernels['status']}")
     used = "used" if kernels["native"] else "would be used"

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     "--observer",
     default="minmax",
     show_default=True,
-    help="With --target onnx or xnnpack: how ranges of activations are estimated: minmax, "
+    help="With a --target other than torch: how ranges of activations are estimated: minmax, "
     "moving-average, percentile, mse, entropy.",
 )
 @click.option(
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     "--dynamic",
     multiple=True,
     metavar="INPUT.DIM=NAME",
-    help="With --target onnx or xnnpack: a dimension that varies besides the batch. Repeatable.",
+    help="With a --target other than torch: a dimension that varies besides the batch. Repeatable.",
 )
 @click.option(
     "--bound",
@@ -99,8 +99,8 @@ if TYPE_CHECKING:
 @click.option(
     "--calib-report",
     is_flag=True,
-    help="With --target onnx or xnnpack: show the range of each activation, what it clips, and "
-    "outliers.",
+    help="With a --target other than torch: show the range of each activation, what it clips, "
+    "and outliers.",
 )
 @architecture_options
 @runtime_cache_option
@@ -188,7 +188,7 @@ def command(
     others |= {"--calib-report": request.calib_report}
     if not lowered and any(others.values()):
         wrong = ", ".join(name for name, value in others.items() if value)
-        raise UsageError("an option of another target", got=wrong, fix="--target onnx or xnnpack")
+        raise UsageError("an option of another target", got=wrong, fix="see: qkit targets")
     flow: Callable[..., Report] = lower_file if lowered else quanto_file
     if backend == "qkit" and not lowered:
         choice = choose(request, streamed=True if streaming else stream)

@@ -23,6 +23,11 @@ from qkit.cli.common import (
     metavar="NAME",
     help="Of an .onnx file: tensorrt checks the rules of TensorRT's explicit quantization.",
 )
+@click.option(
+    "--trust-code",
+    is_flag=True,
+    help="Run the native code of an AOTInductor package. This RUNS CODE.",
+)
 @architecture_options
 @runtime_cache_option
 @threads_option
@@ -35,6 +40,7 @@ def command(
     dialect: str | None,
     model: str | None,
     trust_pickle: bool,
+    trust_code: bool,
     runtime_cache: bool,
     threads: int | None,
     as_json: bool,
@@ -43,7 +49,7 @@ def command(
 ) -> None:
     """Check the hashes of ARTIFACT and run it again in a fresh process.
 
-    ARTIFACT may also be an .onnx or .pte file, which is loaded and run on made-up inputs.
+    ARTIFACT may also be an .onnx, .pte or .pt2 file, which is loaded and run on made-up inputs.
     """
     from qkit.flows import verify
 
@@ -53,6 +59,7 @@ def command(
         model=model,
         source=source,
         trust_pickle=trust_pickle,
+        trust_code=trust_code,
         dialect=dialect,
         runtime_cache=runtime_cache,
     )

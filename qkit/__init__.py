@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qkit.errors import QkitError as QkitError
     from qkit.flows.compare import compare as compare
+    from qkit.flows.compiled import compiled as compiled
     from qkit.flows.inspect import inspect as inspect
     from qkit.flows.quantize import quantize as quantize
     from qkit.flows.save import save as save
@@ -33,6 +34,7 @@ _HOMES = {
     "Rule": "qkit.spec",
     "Scheme": "qkit.spec",
     "compare": "qkit.flows",
+    "compiled": "qkit.flows.compiled",
     "inspect": "qkit.flows",
     "load": "qkit.targets.torch",
     "parse": "qkit.spec",

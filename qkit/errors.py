@@ -4,7 +4,8 @@
     ├── OutputError 1         the output cannot be written: no space, no permission
     ├── UsageError 2          unknown option, scheme, target or layer name
     ├── InputError 3          unreadable, corrupt, not a model, NaN or infinity
-    │   └── UnsafePickleError    the file runs code when it is unpickled
+    │   ├── UnsafePickleError    the file runs code when it is unpickled
+    │   └── UnsafeCodeError      the file is native code
     ├── VerificationError 4   the artifact did not reproduce the reference
     ├── CoverageError 5       nothing was quantized, or less than was asked for
     ├── BudgetError 6         an accuracy, size or latency budget was missed
@@ -71,6 +72,17 @@ class InputError(QkitError):
 
 class UnsafePickleError(InputError):
     """Reading the file would run code that is not on the allow-list."""
+
+
+class UnsafeCodeError(InputError):
+    """Loading the file would run native code, which nothing can check."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            "the file is native code, which does what it likes once it is loaded",
+            where=where,
+            fix="--trust-code (trust_code=True), if you made it or trust whoever did",
+        )
 
 
 class VerificationError(QkitError):

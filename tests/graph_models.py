@@ -20,6 +20,20 @@ class Block(nn.Module):
         return self.relu(x + self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x))))))
 
 
+class ResNet(nn.Module):
+    """A small residual network for 8x8 images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 17, 3, padding=1)
+        self.body = nn.Sequential(Block(17), nn.MaxPool2d(2), Block(17))
+        self.head = nn.Linear(17, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(self.stem(x).relu())
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 class Encoder(nn.Module):
     """Tokens through two layers of torch's transformer, to seven values each."""
 

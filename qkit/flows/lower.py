@@ -213,11 +213,15 @@ def _rows(model: nn.Module, converted: Converted, dialect: Dialect) -> list[Laye
     sites: dict[str, Site] = {}
     for site in converted.sites:
         if site.weight is not None:
+            sites.setdefault(site.weight, site)
             sites.setdefault(site.owner, site)
+    whole = {site.owner: site for site in converted.sites if site.kind == "LSTM"}
     named = dict(model.named_parameters(remove_duplicate=False))
     rows = []
     for entry in survey(model):
-        found = sites.get(entry.tied_to or entry.name)
+        name = entry.tied_to or entry.name
+        # The layers of a module that is opened are called as its parameters.
+        found = sites.get(f"{name}.weight") or sites.get(name) or whole.get(entry.inside or "")
         if found is None:
             reason = f"{dialect.name} computes {entry.kind} in float"
             if "BatchNorm" in entry.kind:
@@ -226,27 +230,21 @@ def _rows(model: nn.Module, converted: Converted, dialect: Dialect) -> list[Laye
         elif found.scheme is None:
             rows.append(left_row(entry, found.reason))
         else:
-            rows.append(_row(named, entry, found, found.scheme))
+            weight = getattr(entry.module, "weight", named.get(str(found.weight)))
+            rows.append(_row(entry, found, found.scheme, weight))
     return rows
 
 
-def _row(named: dict[str, nn.Parameter], entry: Entry, site: Site, scheme: Scheme) -> LayerRow:
-    """The row of a module with quantized weights: one, or the matrices of an LSTM."""
+def _row(entry: Entry, site: Site, scheme: Scheme, weight: Tensor | None) -> LayerRow:
+    """The row of a module with a quantized weight."""
     spec = scheme.weight
-    matrices = [named[site.weight]] if site.weight in named else []
-    if site.kind == "LSTM" and type(entry.module) is nn.LSTM:
-        matrices = [p for p in entry.module.parameters(recurse=False) if p.dim() == 2]
-    floats, rounded, scales = [], [], 0
-    for matrix in matrices:
-        w = matrix.detach()
+    bits, sqnr = float(spec.format.bits), None
+    if isinstance(weight, Tensor):
+        w = weight.detach()
         qparams = choose_qparams(w, spec)
-        floats.append(w.flatten())
-        rounded.append(fake_quantize(w, qparams, spec).flatten())
-        scales += qparams.scale.numel()
-    count = sum(map(len, floats))
-    bits = spec.format.bits + (32 * scales / count if count else 0)
-    sqnr = tensor_sqnr_db(torch.cat(floats), torch.cat(rounded)) if count else None
-    note = None if site.kind == entry.kind else f"its {site.kind}"
+        bits += 32 * qparams.scale.numel() / w.numel()
+        sqnr = tensor_sqnr_db(w, fake_quantize(w, qparams, spec))
+    note = None if site.kind in (entry.kind, entry.inside_kind) else f"its {site.kind}"
     return quantized_row(entry, scheme.name, PT2E, bits, sqnr, note)
 
 

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkit.errors import VerificationError
+from qkit.errors import UnsafeCodeError, VerificationError
 from qkit.flows.check import expected, inputs_of
 from qkit.flows.verify import BOUNDS, fresh_process
 from qkit.report import compare, measure
+from qkit.targets import TARGETS
 from qkit.targets.artifact import CHECK, Artifact
 from qkit.targets.backend import Backend, backend
 from qkit.targets.weights import read_tensors, save_tensors
@@ -140,7 +141,9 @@ def _noise(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).square().sum())
 
 
-def verify_file(path: Path, target: str, *, dialect: str | None = None) -> dict[str, Any]:
+def verify_file(
+    path: Path, target: str, *, dialect: str | None = None, trusted: bool = False
+) -> dict[str, Any]:
     """:func:`qkit.verify` of a file of the runtime alone, with no outputs to compare with.
 
     It is loaded and run on made-up inputs, or held against the rules of ``dialect``. Returns what
@@ -150,7 +153,7 @@ def verify_file(path: Path, target: str, *, dialect: str | None = None) -> dict[
     """
     runtime = backend(target)
     runtime.check(None, {"dialect": dialect})
-    facts = runtime.probe(path, dialect)
+    facts = runtime.probe(path, dialect, trusted)
     check = {"way": path.name, "bit_identical": False, "max_rel_error": None}
     return {
         "status": "verified",
@@ -163,8 +166,14 @@ def verify_file(path: Path, target: str, *, dialect: str | None = None) -> dict[
     } | facts
 
 
-def verify_lowered(artifact: Artifact, target: str) -> dict[str, Any]:
-    """:func:`qkit.verify` of an artifact of a target of the PT2E flow."""
+def verify_lowered(artifact: Artifact, target: str, *, trusted: bool = False) -> dict[str, Any]:
+    """:func:`qkit.verify` of an artifact of a target of the PT2E flow.
+
+    The hashes in it say that it is whole, not who made it: native code is run where it is
+    ``trusted``.
+    """
+    if TARGETS[target].native and not trusted:
+        raise UnsafeCodeError(str(artifact.path))
     outputs, _ = run_fresh(artifact, target)
     wanted, floats = references(artifact)
     return judge(str(artifact.path), backend(target), wanted, floats, outputs)

@@ -33,7 +33,7 @@ BOUNDS = {
 }
 
 # The files of runtimes that are verified by themselves, and their targets.
-SUFFIXES = {".onnx": "onnx", ".pte": "xnnpack"}
+SUFFIXES = {".onnx": "onnx", ".pte": "xnnpack", ".pt2": "inductor"}
 
 # What went wrong in the fresh process because of how it was asked, not because of the artifact.
 _REQUESTS: dict[int, type[QkitError]] = {
@@ -47,6 +47,7 @@ def verify(
     model: str | None = None,
     source: str | Path | None = None,
     trust_pickle: bool = False,
+    trust_code: bool = False,
     dialect: str | None = None,
     runtime_cache: bool = False,
 ) -> dict[str, Any]:
@@ -55,9 +56,10 @@ def verify(
     The architecture comes from ``model`` (``package.module:factory``), from ``source`` (the model
     file that was quantized), or from the artifact itself; the ``torch.export`` program, if there
     is one, is run as well. Where neither is possible, each quantized layer is run by itself.
-    An artifact of another target is run by that target's runtime. ``path`` may also be an .onnx or
-    .pte file, which is loaded and run on made-up inputs, or, with the ``dialect`` "tensorrt", held
-    against the rules of TensorRT's explicit quantization.
+    An artifact of another target is run by that target's runtime. ``path`` may also be an .onnx,
+    .pte or .pt2 file, which is loaded and run on made-up inputs, or, with the ``dialect``
+    "tensorrt", held against the rules of TensorRT's explicit quantization. AOTInductor packages
+    (.pt2, and artifacts that hold one) are native code, which is run with ``trust_code`` only.
     ``runtime_cache`` as :func:`qkit.load` takes it.
 
     Returns ``status`` "verified", ``level`` (model or layers), ``runtime``, ``fresh_process``,
@@ -72,7 +74,8 @@ def verify(
 
         if runtime_cache:
             raise _no_cache(path)
-        return verify_file(Path(path), SUFFIXES[Path(path).suffix], dialect=dialect)
+        target = SUFFIXES[Path(path).suffix]
+        return verify_file(Path(path), target, dialect=dialect, trusted=trust_code)
     if dialect is not None:
         raise UsageError("a dialect is that of an .onnx file", got=str(path))
     artifact = read_artifact(path)
@@ -88,7 +91,7 @@ def verify(
     if artifact.target in LOWERED:
         from qkit.flows.runtime import verify_lowered
 
-        return verify_lowered(artifact, artifact.target)
+        return verify_lowered(artifact, artifact.target, trusted=trust_code)
     _ = artifact.layers, artifact.aliases, artifact.buffers  # also what no way below reads
     reference = expected(artifact)
     ways = _ways(artifact, reference, bool(model or source))

@@ -76,13 +76,14 @@ class RecipeQuantizer(Quantizer):
             if site.scheme is not None and site.kind != "LSTM"  # of which targets make their own
         }
         integer = self._integer(model, layers)
-        rounded = self._rounded(model, integer, layers)
+        sums = self._sums(integer, layers)
+        rounded = self._rounded(model, integer, layers, set(sums.values()))
         acts = self._spec(self.dialect.input_spec("static"))
         for node in model.graph.nodes:
             if node in layers:
                 self._annotate_layer(layers[node], acts if node in rounded else None)
             elif node in integer:
-                self._annotate_other(node, kind_of(node), acts, node in rounded)
+                self._annotate_other(node, kind_of(node), acts, node in rounded, sums.get(node))
         return model
 
     def validate(self, model: fx.GraphModule) -> None:
@@ -101,8 +102,31 @@ class RecipeQuantizer(Quantizer):
                 integer.add(node)
         return integer
 
+    def _sums(self, integer: set[fx.Node], layers: dict[fx.Node, Site]) -> dict[fx.Node, fx.Node]:
+        """The sums of codes that the kernel of one of their terms computes, and that term: the last
+        layer among them, so that the other is there."""
+        found = {}
+        for node in integer:
+            kind, terms = kind_of(node), activations(node)
+            if kind is None or kind.name != "Add" or not _same_shape(terms):
+                continue
+            able = [
+                term
+                for term in terms
+                if term in layers
+                and layers[term].kind in self.dialect.summing
+                and len(term.users) == 1
+            ]
+            if able:
+                found[node] = max(able)
+        return found
+
     def _rounded(
-        self, model: fx.GraphModule, integer: set[fx.Node], layers: dict[fx.Node, Site]
+        self,
+        model: fx.GraphModule,
+        integer: set[fx.Node],
+        layers: dict[fx.Node, Site],
+        summing: set[fx.Node],
     ) -> set[fx.Node]:
         """The nodes whose output is quantized, because what comes next computes with codes.
 
@@ -113,7 +137,7 @@ class RecipeQuantizer(Quantizer):
             return set()
         rounded: set[fx.Node] = set()
         for node in reversed(list(model.graph.nodes)):
-            if node not in integer:
+            if node not in integer or node in summing:
                 continue
             users = list(node.users)
             kind = kind_of(node)
@@ -147,9 +171,16 @@ class RecipeQuantizer(Quantizer):
             inputs[bias] = bias_annotation((x, node), (weight[0], node), per_channel=channel)
         annotate_node(node, inputs, output)
 
-    def _annotate_other(self, node: fx.Node, kind: Kind | None, acts: Any, rounded: bool) -> None:
+    def _annotate_other(
+        self,
+        node: fx.Node,
+        kind: Kind | None,
+        acts: Any,
+        rounded: bool,
+        summing: fx.Node | None,
+    ) -> None:
         assert kind is not None
-        sources = activations(node)
+        sources = [source for source in activations(node) if source is not summing]
         if kind.role == "tail" and kind_of(sources[0]) and len(sources[0].users) == 1:
             annotate_node(node, {}, acts if rounded else None)
             return
@@ -176,6 +207,10 @@ def _reads(node: fx.Node) -> bool:
     """Whether a node that computes with codes does more than move them."""
     kind = kind_of(node)
     return kind is not None and kind.role in ("binary", "alike", "own")
+
+
+def _same_shape(nodes: list[fx.Node]) -> bool:
+    return len({str(node.meta["val"].shape) for node in nodes}) == 1  # sizes may be symbols
 
 
 def _starts_with(node: fx.Node, layers: frozenset[str]) -> bool:

@@ -26,7 +26,8 @@ class Dialect:
     with the product of the scales of input and weight, which an integer kernel adds as it is, else
     float. ``kinds`` are the operators (:mod:`qkit.graph.kinds`) that have integer kernels,
     ``dynamic`` those of them that also have one for ranges taken at each call. With ``outputs``,
-    the layers ``always`` are rounded behind, because their kernels take codes and give codes.
+    the layers ``always`` are rounded behind, because their kernels take codes and give codes. The
+    kernels of the layers ``summing`` add to codes, so that one term of a sum is not rounded.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Dialect:
     kinds: frozenset[str]
     dynamic: frozenset[str]
     always: frozenset[str] = _CONVS
+    summing: frozenset[str] = frozenset()
 
     def input_spec(self, when: str) -> QSpec:
         """How activations are quantized: per tensor, ``when`` static or dynamic."""
@@ -64,8 +66,9 @@ DIALECTS = {
         Dialect("onnx", UINT8, True, True, _ALL | {"LSTM", "Upsample"}, _LINEAR | {"LSTM"}),
         # TensorRT's explicit quantization has no zero points, and its biases are floats.
         Dialect("tensorrt", NARROW, False, False, _LAYERS | _MOVES | {"Add"}, frozenset()),
-        # oneDNN, through Inductor's fusions, which look for uint8 inputs.
-        Dialect("inductor", UINT8, True, False, _ALL - {"Conv1d"}, _LINEAR),
+        # oneDNN, through Inductor's fusions, which look for uint8 inputs. What stands between a
+        # layer and the rounding of its output (hardswish, silu, gelu) is computed in its kernel.
+        Dialect("inductor", UINT8, True, False, _ALL, _LINEAR, frozenset(), frozenset({"Conv2d"})),
         Dialect("xnnpack", INT8, True, False, _ALL - {"AvgPool2d"} | {"Mul"}, _LINEAR, _LAYERS),
     )
 }

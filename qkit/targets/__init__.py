@@ -13,7 +13,8 @@ from qkit.spec import Int, Scheme
 class TargetInfo:
     """A row of ``qkit targets``: what a target is, the extra that it needs (if any),
     ``expresses``, which tells whether it can run a scheme, and ``wanted``, which says in words
-    what those schemes are."""
+    what those schemes are. The files of a ``native`` one are machine code: who loads them runs
+    it."""
 
     name: str
     module: str
@@ -21,6 +22,7 @@ class TargetInfo:
     summary: str
     expresses: Callable[[Scheme], bool]
     wanted: str
+    native: bool = False
 
 
 def _torch_expresses(scheme: Scheme) -> bool:
@@ -65,6 +67,16 @@ TARGETS = {
         "model.onnx with integer weights, run by ONNX Runtime",
         _onnx_expresses,
         "int8-static, int8-dynamic, or weights of 4 or 8 bits in groups of 16 to 256 (w4a16-g32)",
+    ),
+    "inductor": TargetInfo(
+        "inductor",
+        "qkit.targets.inductor",
+        "pt2e",
+        "model.pt2, an AOTInductor package with int8 kernels of oneDNN, run by torch on x86",
+        _int8_expresses,
+        "int8-static or int8-dynamic; weights without activations are for --target torch, whose "
+        "layers torch.compile takes",
+        native=True,
     ),
     "xnnpack": TargetInfo(
         "xnnpack",

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, fx, nn
 
-from qkit.errors import CoverageError
+from qkit.errors import CoverageError, UsageError
 from qkit.graph import Captured, Dialect, Site
 from qkit.report import ActivationRow
 from qkit.spec import Scheme
@@ -106,12 +106,33 @@ class Backend(Protocol):
     def audit(self, path: Path, converted: Converted) -> Audit:
         """Count what the runtime runs."""
 
-    def probe(self, path: Path, dialect: str | None) -> dict[str, Any]:
+    def probe(self, path: Path, dialect: str | None, trusted: bool) -> dict[str, Any]:
         """Load a file of anybody and run it on made-up inputs: its ``kernels``; or, with a
-        ``dialect``, its ``rules`` (name -> what breaks it)."""
+        ``dialect``, its ``rules`` (name -> what breaks it).
+
+        Native code is run where it is ``trusted``, else
+        :class:`~qkit.errors.UnsafeCodeError` is raised.
+        """
 
     def runtime(self) -> str:
         """Its name and version, for reports."""
+
+
+# The options that one target has: how they are given, and whose they are.
+_OPTIONS = {
+    "dialect": ("--dialect", "onnx"),
+    "accuracy_level": ("--accuracy-level", "onnx"),
+    "bounds": ("--bound", "xnnpack"),
+}
+
+
+def refuse_others(target: str, options: Mapping[str, Any]) -> None:
+    """Raise :class:`~qkit.errors.UsageError` for an option of another target."""
+    for name, (flag, owner) in _OPTIONS.items():
+        if owner != target and options.get(name):
+            raise UsageError(
+                f"{flag} is for --target {owner}", got=f"{flag} {options[name]} for {target}"
+            )
 
 
 def backend(name: str) -> Backend:

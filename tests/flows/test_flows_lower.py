@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from command import qkit as command
-from graph_models import Block, Encoder
+from graph_models import Encoder, ResNet
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,20 +25,6 @@ from qkit.report import Report, package_version
 from qkit.spec import Recipe, Rule, parse
 from qkit.targets.artifact import CHECK
 from qkit.targets.onnx import BACKEND
-
-
-class ResNet(nn.Module):
-    """A small residual network for 8x8 images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 17, 3, padding=1)
-        self.body = nn.Sequential(Block(17), nn.MaxPool2d(2), Block(17))
-        self.head = nn.Linear(17, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.body(self.stem(x).relu())
-        return self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +80,11 @@ def test_dynamic_transformer_with_a_free_length(tmp_path, same_process):
         dims={"ids": {1: "length"}},
     )
     assert report.kernels == {"DynamicQuantizeMatMul": 9}
+    # Attention has rows of its own, for the layers that it is opened into.
+    rows = {row.name: row for row in report.layers}
+    for name in ("in_proj_weight", "out_proj"):
+        assert rows[f"body.layers.1.self_attn.{name}"].scheme == "w8a8"
+    assert report.coverage["layers_quantized"] == 9
     assert report.error["sqnr_db"] > 30
     session = BACKEND.load(tmp_path / "out" / "model.onnx", 1)
     ids = torch.randint(0, 31, (3, 33))
@@ -125,6 +116,27 @@ def test_tensorrt_dialect(resnet, digits, tmp_path, same_process):
     assert any("meets TensorRT's rules" in remark for remark in report.remarks)
     rules = verify(out / "model.onnx", dialect="tensorrt")["rules"]
     assert not any(rules.values())
+
+
+def test_an_lstm_has_a_row_for_each_of_its_matrices():
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(7, 5, batch_first=True)
+            self.weights = nn.Parameter(torch.randn(3, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.lstm(x)[0], self.weights)
+
+    x = torch.randn(4, 6, 7)
+    for target, scheme in (("onnx", "w8a8"), ("xnnpack", None)):
+        report = lower(Tagger().eval(), "int8-dynamic", None, target=target, calib=x)
+        rows = {row.name: row for row in report.layers}
+        for name in ("lstm.weight_ih_l0", "lstm.weight_hh_l0"):
+            assert rows[name].scheme == scheme
+            assert scheme or "no integer LSTM" in rows[name].reason
+        assert (rows[""].scheme, rows[""].note) == ("w8a8", "its Linear")
+        assert rows[""].sqnr_db > 40
 
 
 def test_mixed_layers_and_rows_that_say_why(resnet, digits, same_process, tmp_path):

@@ -14,7 +14,7 @@ from qkit.graph import DIALECTS, Captured, Dialect, export
 from qkit.report import package_version
 from qkit.spec import Scheme
 from qkit.targets import require_packages
-from qkit.targets.backend import Audit, Converted, Session
+from qkit.targets.backend import Audit, Converted, Session, refuse_others
 from qkit.targets.onnx import runtime
 from qkit.targets.onnx.operators import with_nbits, with_operators
 from qkit.targets.onnx.write import write
@@ -41,13 +41,12 @@ class OnnxBackend:
 
     def check(self, scheme: Scheme | None, options: Mapping[str, Any]) -> None:
         """Packages and options; :class:`~qkit.errors.MissingExtraError` names the pip command."""
+        refuse_others(self.name, options)
         dialect = options.get("dialect") or "onnx"
         if dialect not in DIALECT_NAMES:
             raise UsageError("unknown dialect", got=dialect, wanted=", ".join(DIALECT_NAMES))
         if options.get("accuracy_level", 0) not in LEVELS:
             raise UsageError("unknown accuracy level", got=options["accuracy_level"], wanted=LEVELS)
-        if options.get("bounds"):
-            raise UsageError("an ONNX file has no bounds: --bound is for --target xnnpack")
         packages = ["onnx", "onnxruntime"]
         if scheme is not None:
             packages += ["onnxscript"] if scheme.weight_only else ["onnxscript", "torchao"]
@@ -83,7 +82,7 @@ class OnnxBackend:
 
         return replace(runtime.audit(path, 0), remarks=(require_rules(path).told,))
 
-    def probe(self, path: Path, dialect: str | None) -> dict[str, Any]:
+    def probe(self, path: Path, dialect: str | None, trusted: bool) -> dict[str, Any]:
         """The kernels of the file, or the rules of TensorRT."""
         from qkit.targets.onnx import tensorrt
 

@@ -14,7 +14,7 @@ from qkit.graph import DIALECTS, Captured, Dialect
 from qkit.report import package_version
 from qkit.spec import PerTensor, Scheme
 from qkit.targets import require_packages
-from qkit.targets.backend import Audit, Converted, Session
+from qkit.targets.backend import Audit, Converted, Session, refuse_others
 from qkit.targets.xnnpack import runtime
 from qkit.targets.xnnpack.write import bounds_of, per_row, program_of, write
 
@@ -37,9 +37,7 @@ class XnnpackBackend:
 
     def check(self, scheme: Scheme | None, options: Mapping[str, Any]) -> None:
         """Packages and options; :class:`~qkit.errors.MissingExtraError` names the pip command."""
-        for name, option in (("dialect", "--dialect"), ("accuracy_level", "--accuracy-level")):
-            if options.get(name):
-                raise UsageError(f"{option} is for --target onnx", got=f"{option} {options[name]}")
+        refuse_others(self.name, options)
         for name, bound in (options.get("bounds") or {}).items():
             if bound < 1:
                 raise UsageError(f"the bound of {name!r} is not a size", got=bound)
@@ -88,7 +86,7 @@ class XnnpackBackend:
             remarks.append(f"the inputs of {self.file} are, in this order: {', '.join(order)}")
         return replace(found, remarks=(*found.remarks, *remarks))
 
-    def probe(self, path: Path, dialect: str | None) -> dict[str, Any]:
+    def probe(self, path: Path, dialect: str | None, trusted: bool) -> dict[str, Any]:
         """The kernels of the file."""
         return {"kernels": runtime.probe(path)}
 

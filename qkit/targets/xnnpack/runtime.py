@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from qkit.errors import InputError, VerificationError, first_line
 from qkit.targets.backend import Audit, Session
+from qkit.targets.trial import apart
 from qkit.targets.xnnpack.write import executorch
 
 METHOD = "forward"
@@ -214,31 +213,19 @@ def _why_outside(outside: Mapping[str, int]) -> str:
 def probe(path: Path) -> dict[str, int]:
     """The kernels of the file, which runs on made-up inputs: ones, of the largest size it takes.
 
-    In a process of its own, because some corrupt files end the process that loads them. Raises
-    :class:`~qkit.errors.InputError` if it cannot be loaded or run, and
-    :class:`~qkit.errors.VerificationError` if an output is not finite.
+    In a process of its own (:mod:`qkit.targets.trial`), and raises what is raised there.
     """
-    # -P: what lies in the working directory must not shadow an installed package.
-    flags = ["-P"] if sys.version_info >= (3, 11) else []
-    command = [sys.executable, *flags, "-m", "qkit.targets.xnnpack.trial", str(path)]
-    process = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    told = (process.stderr.strip().splitlines() or ["no message"])[-1][:300]
-    if process.returncode == VerificationError.exit_code:
-        raise VerificationError(told)
-    if process.returncode == InputError.exit_code:
-        raise InputError(told)
-    if process.returncode:
-        raise InputError(
-            f"the file ends the process that loads it: {told}",
-            where=str(path),
-            got=f"exit {process.returncode}",
-        )
+    apart("xnnpack", path)
     found = audit(path, 0)
     return found.integer | found.floating
 
 
 def try_out(path: Path) -> None:
-    """Load a file and run it on made-up inputs; raises as :func:`probe`."""
+    """Load a file and run it on made-up inputs.
+
+    Raises :class:`~qkit.errors.InputError` if it cannot be loaded or run, and
+    :class:`~qkit.errors.VerificationError` if an output is not finite.
+    """
     method, given = open_method(path, 1), []
     for meta in _metas(method):
         if meta.dtype() not in _DTYPES:
