@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qkit.errors import QkitError as QkitError
+    from qkit.flows.cluster import cluster as cluster
+    from qkit.flows.coded import save_coded as save_coded
     from qkit.flows.compare import compare as compare
     from qkit.flows.inspect import inspect as inspect
     from qkit.flows.quantize import quantize as quantize
@@ -32,12 +34,14 @@ _HOMES = {
     "Report": "qkit.report",
     "Rule": "qkit.spec",
     "Scheme": "qkit.spec",
+    "cluster": "qkit.flows",
     "compare": "qkit.flows",
     "inspect": "qkit.flows",
     "load": "qkit.targets.torch",
     "parse": "qkit.spec",
     "quantize": "qkit.flows",
     "save": "qkit.flows",
+    "save_coded": "qkit.flows",
     "verify": "qkit.flows",
 }
 

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from qkit.errors import InputError, QkitError, RequestError, UsageError, VerificationError
 from qkit.flows.check import expected
+from qkit.packing.container import is_container
 from qkit.report import compare, package_version
 from qkit.targets import COMPRESSED, LOWERED, QUANTO
 from qkit.targets.artifact import PROGRAM, Artifact, check_files, read_artifact
@@ -55,6 +57,7 @@ def verify(
     The architecture comes from ``model`` (``package.module:factory``), from ``source`` (the model
     file that was quantized), or from the artifact itself; the ``torch.export`` program, if there
     is one, is run as well. Where neither is possible, each quantized layer is run by itself.
+    A coded file carries no outputs; it is decoded, and its tensors must be those it was made of.
     An artifact of another target is run by that target's runtime. ``path`` may also be an .onnx or
     .pte file, which is loaded and run on made-up inputs, or, with the ``dialect`` "tensorrt", held
     against the rules of TensorRT's explicit quantization.
@@ -75,6 +78,12 @@ def verify(
         return verify_file(Path(path), SUFFIXES[Path(path).suffix], dialect=dialect)
     if dialect is not None:
         raise UsageError("a dialect is that of an .onnx file", got=str(path))
+    if is_container(path):
+        from qkit.flows.coded import verify_coded
+
+        if runtime_cache:
+            raise _no_cache(path)
+        return verify_coded(path, model=model, source=source, trust_pickle=trust_pickle)
     artifact = read_artifact(path)
     if runtime_cache and artifact.target in LOWERED:
         raise _no_cache(path)
@@ -92,10 +101,10 @@ def verify(
     _ = artifact.layers, artifact.aliases, artifact.buffers  # also what no way below reads
     reference = expected(artifact)
     ways = _ways(artifact, reference, bool(model or source))
-    job = _job(artifact, ways, model, source, trust_pickle) | {"runtime_cache": runtime_cache}
+    job = verify_job(artifact, ways, model, source, trust_pickle) | {"runtime_cache": runtime_cache}
     outputs, facts = fresh_process(job, artifact)
     runtime = f"torch {torch.__version__}, eager"
-    return _result(ways, reference, outputs, artifact, runtime) | facts
+    return verification(ways, reference, outputs, artifact, runtime) | facts
 
 
 def _no_cache(path: str | Path) -> UsageError:
@@ -116,19 +125,20 @@ def verify_runtime(
     ``way`` is ``transformers`` or ``quanto`` (:mod:`qkit.flows.worker`), ``package`` the runtime's
     distribution. Takes the architecture, returns and raises as :func:`verify` does.
     """
-    job = _job(artifact, [way], model, source, trust_pickle)
+    job = verify_job(artifact, [way], model, source, trust_pickle)
     outputs, facts = fresh_process(job, artifact)
     runtime = f"{package} {package_version(package)}, torch {torch.__version__}"
-    return _result([way], expected(artifact), outputs, artifact, runtime) | facts
+    return verification([way], expected(artifact), outputs, artifact, runtime) | facts
 
 
-def _job(
+def verify_job(
     artifact: Artifact,
     ways: list[str],
     model: str | None,
     source: str | Path | None,
     trust_pickle: bool,
 ) -> dict[str, Any]:
+    """What a fresh process is told (:mod:`qkit.flows.worker`)."""
     return {
         "artifact": str(artifact.path.absolute()),
         "ways": ways,
@@ -139,17 +149,22 @@ def _job(
     }
 
 
-def _result(
+def verification(
     ways: list[str],
     reference: dict[str, Tensor],
     outputs: dict[str, Tensor],
     artifact: Artifact,
     runtime: str,
+    more: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    checks = [_judge(way, reference, outputs, artifact) for way in ways]
+    """What :func:`verify` returns, if the ``outputs`` of all ``ways`` are as they should be.
+
+    ``more`` are checks that were made already.
+    """
+    checks = [*more, *(_judge(way, reference, outputs, artifact) for way in ways)]
     return {
         "status": "verified",
-        "level": "layers" if ways == ["layers"] else "model",
+        "level": ways[0] if ways == ["layers"] else "model" if ways else more[0]["way"],
         "runtime": runtime,
         "fresh_process": True,
         "bit_identical": all(c["bit_identical"] for c in checks),
