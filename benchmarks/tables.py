@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +115,40 @@ def kernels() -> str:
     return markdown(["layer", "rows", *shown, *(f"best peer, {name}" for name in PEERS)], rows)
 
 
-TABLES = {"quality": quality, "speed": speed, "coding": coding, "kernels": kernels}
+def compression() -> str:
+    """Deep Compression: the file before and after, and the accuracy, means of the seeds."""
+    records = [r for r in read("compression") if r.get("kind") == "coded"]
+    rows = []
+    for case in dict.fromkeys(r["case"] for r in records):
+        found = [r for r in records if r["case"] == case]
+
+        def average(key: str, found: Records = found) -> float:
+            return mean(r[key] for r in found)
+
+        before, after = (average(f"accuracy_{when}") for when in ("float", "compressed"))
+        rows.append(
+            [
+                case,
+                len(found),
+                f"{average('bytes_float'):,.0f} B",
+                f"{average('bytes'):,.0f} B",
+                f"**{average('ratio'):.1f}**",
+                f"{average('density'):.1%}",
+                f"{before:.2f}%",
+                f"{after:.2f}% ({after - before:+.2f})",
+            ]
+        )
+    head = ["network", "seeds", "fp32 safetensors", "coded file", "times smaller"]
+    return markdown([*head, "weights kept", "accuracy", "of the file"], rows)
+
+
+TABLES = {
+    "compression": compression,
+    "quality": quality,
+    "speed": speed,
+    "coding": coding,
+    "kernels": kernels,
+}
 
 
 def render(text: str) -> str:

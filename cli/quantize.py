@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     "--format",
     default="qkit",
     show_default=True,
-    help="qkit; compressed-tensors: a folder that transformers loads; gguf: one file.",
+    help="qkit; coded: one file, entropy coded; compressed-tensors: a folder that transformers "
+    "loads; gguf: one file.",
 )
 @click.option(
     "--observer",

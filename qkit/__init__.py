@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qkit.errors import QkitError as QkitError
+    from qkit.flows.cluster import cluster as cluster
+    from qkit.flows.coded import save_coded as save_coded
     from qkit.flows.compare import compare as compare
     from qkit.flows.compiled import compiled as compiled
     from qkit.flows.inspect import inspect as inspect
@@ -33,6 +35,7 @@ _HOMES = {
     "Report": "qkit.report",
     "Rule": "qkit.spec",
     "Scheme": "qkit.spec",
+    "cluster": "qkit.flows",
     "compare": "qkit.flows",
     "compiled": "qkit.flows.compiled",
     "inspect": "qkit.flows",
@@ -40,6 +43,7 @@ _HOMES = {
     "parse": "qkit.spec",
     "quantize": "qkit.flows",
     "save": "qkit.flows",
+    "save_coded": "qkit.flows",
     "verify": "qkit.flows",
 }
 

@@ -115,7 +115,16 @@ def test_the_check_finds_what_falls_short(
     assert bool(headings.strip()) == (criterion is not None)
 
 
-@pytest.mark.parametrize("name", ["numerics", "kernels"])
+def test_compression() -> None:
+    (record,) = lines("compression", "--case=lenet-300-100", "--seeds=1")
+    # Untrained networks are as small as trained ones.
+    assert record["ratio"] == round(record["bytes_float"] / record["bytes"], 2) >= 35
+    assert sum(record["parts"].values()) == record["bytes"]
+    assert record["verified"] == "verified"
+    assert {"accuracy_float", "accuracy_compressed"} <= record.keys()
+
+
+@pytest.mark.parametrize("name", ["numerics", "kernels", "compression"])
 def test_results_are_committed_with_what_made_them(name: str) -> None:
     first = (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text().splitlines()[0]
     head = json.loads(first)

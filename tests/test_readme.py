@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import qkit
 from qkit import errors
 from qkit.flows.demo import digits_cnn
 from qkit.nn import QUANTIZED
@@ -63,6 +64,18 @@ def test_the_tour_in_python(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     code = block("tour: python", "python").replace('ignore=["re:classifier"]', 'ignore=["re:2"]')
     exec(compile(code, "README.md", "exec"), names)
     assert capsys.readouterr().out
+
+
+def test_the_tour_of_clusters(folder: Path) -> None:
+    def make_net() -> nn.Module:
+        return nn.Sequential(nn.Linear(33, 31), nn.ReLU(), nn.Linear(31, 7))
+
+    trained: list[nn.Module] = []
+    x = torch.randn(16, 33)
+    names = {"qkit": qkit, "net": make_net(), "make_net": make_net, "x": x, "train": trained.append}
+    exec(compile(block("tour: clusters", "python"), "README.md", "exec"), names)
+    assert len(trained) == 1
+    assert torch.equal(names["again"](x), names["qnet"](x))
 
 
 def test_exit_codes_are_those_of_the_exceptions() -> None:

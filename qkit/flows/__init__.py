@@ -2,6 +2,8 @@
 
 from qkit.flows.choose import Choice as Choice
 from qkit.flows.choose import choose as choose
+from qkit.flows.cluster import cluster as cluster
+from qkit.flows.coded import save_coded as save_coded
 from qkit.flows.compare import Comparison as Comparison
 from qkit.flows.compare import compare as compare
 from qkit.flows.inspect import Node as Node

@@ -50,7 +50,7 @@ def small(inputs: Inputs) -> Inputs:
 
 def is_callable(artifact: Artifact) -> bool:
     """Whether the check file of ``artifact`` holds inputs and outputs of the whole model."""
-    return any(key.startswith("module.") for key in expected(artifact))
+    return not artifact.is_coded and any(key.startswith("module.") for key in expected(artifact))
 
 
 def inputs_of(artifact: Artifact) -> Inputs:

@@ -23,7 +23,7 @@ from qkit.nn.open import opened_like
 from qkit.report import ErrorStats
 from qkit.report import compare as compare_tensors
 from qkit.targets import torch as torch_target
-from qkit.targets.artifact import META, PROGRAM, Artifact, read_artifact
+from qkit.targets.artifact import PROGRAM, Artifact, is_artifact, read_artifact
 from qkit.targets.weights import float_tensors
 
 
@@ -83,7 +83,7 @@ def _open(
     """What is compared. ``like`` may be the architecture of an artifact that does not carry one."""
     if isinstance(model, nn.Module):
         return _Opened(model, model)
-    if (Path(model) / META).is_file():
+    if is_artifact(model):
         return _open_artifact(read_artifact(model), factory, like)
     loaded = load_model(model, factory=factory, trust_pickle=trust_pickle)
     if loaded.model is not None:
@@ -122,7 +122,7 @@ def compare(
     what it inherits from the layers before it. Where layers cannot be run, weights are compared
     instead.
     """
-    if isinstance(b, nn.Module) or not (Path(b) / META).is_file():
+    if isinstance(b, nn.Module) or not is_artifact(b):
         second = _open(b, model, trust_pickle, None)
         first = _open(a, model, trust_pickle, second.model)
     else:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,13 +67,20 @@ def _tensors(inputs: Inputs) -> list[Tensor]:
 
 def new_report(scheme: Scheme, target: str, recipe: Recipe, rows: list[LayerRow]) -> Report:
     """A report with everything that is known before the model is run."""
+    return blank_report(scheme.name, scheme.long_form(), target, recipe.to_json(), rows)
+
+
+def blank_report(
+    scheme: str, long_form: str, target: str, recipe: dict[str, Any], rows: list[LayerRow]
+) -> Report:
+    """:func:`new_report` of what no scheme names."""
     return Report(
-        scheme=scheme.name,
-        scheme_long=scheme.long_form(),
+        scheme=scheme,
+        scheme_long=long_form,
         target=target,
         layers=rows,
         coverage=coverage(rows),
-        recipe=recipe.to_json(),
+        recipe=recipe,
         versions=versions(),
         machine=machine(),
         verification={
@@ -156,6 +164,24 @@ def fill_outputs(report: Report, model: nn.Module, qmodel: nn.Module, inputs: In
             "take more bits or smaller groups, give real inputs (--calib) to learn from, or keep "
             "the worst layers with --ignore"
         )
+
+
+def fill_comparison(
+    report: Report,
+    model: nn.Module,
+    qmodel: nn.Module,
+    inputs: Inputs | None,
+    *,
+    latency: bool,
+) -> None:
+    """Error and, if asked for, latency beside the float ``model``; without ``inputs`` the error of
+    the weights."""
+    if inputs is None:
+        fill_weight_error(report)
+        return
+    fill_outputs(report, model, qmodel, inputs)
+    if latency:
+        fill_latency(report, model, qmodel, inputs)
 
 
 NO_INPUTS = (

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qkit.models import load as load_model
 from qkit.nn import QLayer, survey, tree
+from qkit.packing import entropy
+from qkit.packing.container import open_container
 from qkit.packing.store import matrix_shape
-from qkit.targets.artifact import META, read_artifact
+from qkit.targets.artifact import Artifact, is_artifact, read_artifact
 from qkit.targets.weights import read_weights
 
 
@@ -39,11 +44,12 @@ class Node:
 def inspect(model: nn.Module | str | Path, *, trust_pickle: bool = False) -> Node:
     """The tree of a module, a model file or an artifact.
 
-    An artifact is read without its architecture: its tensors and ``qkit.json`` tell the tree.
+    An artifact is read without its architecture: its tensors and ``qkit.json`` tell the tree. In
+    that of a coded file, tensors are nodes too, which tell where each byte goes.
     """
     if isinstance(model, nn.Module):
         return _inspect_module(model)
-    if (Path(model) / META).is_file():
+    if is_artifact(model):
         return _inspect_artifact(Path(model))
     loaded = load_model(model, trust_pickle=trust_pickle)
     if loaded.model is not None:
@@ -105,7 +111,8 @@ def _inspect_artifact(path: Path) -> Node:
     artifact = read_artifact(path)
     layers, buffers = artifact.layers, artifact.buffers
     root = Node("", f"artifact {artifact.meta.get('scheme') or ''}".strip())
-    for key, tensor in read_weights(artifact).items():
+    stored = _coded if artifact.is_coded else _plain
+    for key, tensor, node in stored(artifact):
         owner, _, leaf = key.rpartition(".")
         line = [root]
         for part in filter(None, owner.split(".")):
@@ -123,7 +130,37 @@ def _inspect_artifact(path: Path) -> Node:
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in line[-1].dtypes:
             line[-1].dtypes.append(dtype)
-        for node in line:
-            node.parameters += size
-            node.bytes += tensor.numel() * tensor.element_size()
+        for each in line:
+            each.parameters += size
+            each.bytes += node.bytes
+        if artifact.is_coded:
+            line[-1].children.append(node)
+    if artifact.is_coded:
+        rest = path.stat().st_size - root.bytes
+        root.bytes += rest
+        root.children.append(Node("(header)", "what the file says of its tensors", bytes=rest))
     return root
+
+
+Stored = Iterator[tuple[str, Tensor, Node]]
+
+
+def _plain(artifact: Artifact) -> Stored:
+    """The tensors of an artifact as they lie in its files."""
+    for key, tensor in read_weights(artifact).items():
+        yield key, tensor, Node(key, "", bytes=tensor.numel() * tensor.element_size())
+
+
+def _coded(artifact: Artifact) -> Stored:
+    """The tensors of a coded file; each has a node that tells where its bytes go."""
+    file = open_container(artifact.path)
+    for key, part in file.parts.items():
+        found = [entropy.breakdown(section) for section in file.sections(key)]
+        total: Counter[str] = Counter()
+        for _, sizes in found:
+            total.update(sizes)
+        methods = " ".join(dict.fromkeys(method for method, _ in found))
+        node = Node(key.rpartition(".")[2], f"{part.coding} {methods}".strip(), bytes=part.bytes)
+        node.note = ", ".join(f"{what} {size} B" for what, size in total.items()) or None
+        tensor = torch.empty(part.shape, dtype=part.dtype, device="meta")
+        yield key, tensor, node

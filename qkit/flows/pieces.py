@@ -16,7 +16,7 @@ from torch import Tensor
 from qkit.flows.casts import cast_row, cast_rows
 from qkit.flows.check import NO_SUMS, sums, weight_output
 from qkit.flows.ptq import check_damage
-from qkit.flows.rows import join, notes, quantized_row, short_group, underflow, zeroed
+from qkit.flows.rows import notes, quantized_row, short_group, underflow, zeroed
 from qkit.models.checkpoint import BLOCK, Checkpoint
 from qkit.nn import Entry, QLayer
 from qkit.numerics import (
@@ -33,7 +33,7 @@ from qkit.numerics import (
 from qkit.numerics.affine import qparams_from_range
 from qkit.numerics.blocks import block_range
 from qkit.packing import tensor_specs, to_tensors
-from qkit.packing.store import matrix_shape
+from qkit.packing.store import join, matrix_shape
 from qkit.report import LayerRow
 from qkit.report.metrics import sqnr_db
 from qkit.spec import Float, PerTensor, QSpec

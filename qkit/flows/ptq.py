@@ -15,7 +15,6 @@ from qkit.errors import CoverageError, InputError, UsageError, nearest
 from qkit.flows.calibrate import collect, input_qparams, passes
 from qkit.flows.rows import (
     exact_input,
-    join,
     left_row,
     notes,
     quantized_row,
@@ -29,6 +28,7 @@ from qkit.nn import QUANTIZED, Entry, QLayer, open_modules, opening, survey, swa
 from qkit.nn.computed import detached
 from qkit.nn.open import gone
 from qkit.numerics import QParams, check_finite, dequantize
+from qkit.packing.store import join
 from qkit.report import LayerRow, tensor_sqnr_db
 from qkit.spec import Recipe, Rule, Scheme
 

@@ -14,17 +14,16 @@ from torch import nn
 from qkit.algorithms import CALIBRATED, DATA_FREE
 from qkit.errors import InputError, RequestError, UsageError, nearest
 from qkit.flows.casts import cast_module
+from qkit.flows.coded import save_coded
 from qkit.flows.data import gathered
 from qkit.flows.evaluate import (
     AnyInputs,
     as_inputs,
     eval_mode,
     few,
+    fill_comparison,
     fill_cost,
-    fill_latency,
-    fill_outputs,
     fill_size,
-    fill_weight_error,
     new_report,
     tensor_bytes,
 )
@@ -34,9 +33,10 @@ from qkit.flows.save import check_budgets, save
 from qkit.models import Inputs, Loaded, infer, parse_input_spec, run
 from qkit.models import load as load_model
 from qkit.nn import keep_floats, tree
+from qkit.packing import container
 from qkit.report import Report
 from qkit.spec import Float, Recipe, Scheme, parse
-from qkit.targets import COMPRESSED, GGUF, check_format, compressed_tensors, gguf
+from qkit.targets import CODED, COMPRESSED, GGUF, check_format, coded, compressed_tensors, gguf
 from qkit.targets import check as check_target
 from qkit.targets.staging import check_destination, check_file_destination
 
@@ -189,12 +189,7 @@ def _quantize(
             f"runtime cache: convolutions keep their weights in float, {megabytes:.1f} MB of memory"
         )
     fill_size(report, float_bytes, tensor_bytes(qmodel.state_dict()))
-    if inputs is None or in_place:
-        fill_weight_error(report)
-    else:
-        fill_outputs(report, model, qmodel, inputs)
-        if latency:
-            fill_latency(report, model, qmodel, inputs)
+    fill_comparison(report, model, qmodel, None if in_place else inputs, latency=latency)
     fill_cost(report, start)
     return qmodel, report
 
@@ -280,7 +275,7 @@ def quantize_file(
     model = (
         loaded.model
         if loaded.model is not None
-        else _as_tree(loaded, opened=request.format == "qkit")
+        else _as_tree(loaded, opened=request.format in ("qkit", CODED))
     )
     data = request_inputs(request, loaded)
     inputs = few(data)
@@ -322,7 +317,9 @@ def quantize_file(
         return report
     told(f"writing {out} and verifying it in a fresh process")
     given |= {"inputs": inputs, "builder": loaded.builder}
-    if request.format == COMPRESSED:
+    if request.format == CODED:
+        save_coded(qmodel, out, trust_pickle=request.trust_pickle, **given)
+    elif request.format == COMPRESSED:
         save_compressed_tensors(qmodel, out, **given)
     else:
         save(qmodel, out, trust_pickle=request.trust_pickle, **given)
@@ -336,12 +333,17 @@ _OBSTACLES: dict[str, Obstacle] = {
 }
 
 
+# Formats of one file: what its name ends in where it is not given, and what it begins with.
+_FILES = {GGUF: (".gguf", gguf.MAGIC), CODED: (coded.SUFFIX, container.MAGIC)}
+
+
 def destination(request: Request, scheme: Scheme) -> Path:
     """Where to write, refused here if that is not possible."""
     out = Path(request.output or default_output(request.path, scheme.name))
-    if request.format == GGUF:
-        out = out if request.output else out.with_name(out.name + ".gguf")
-        check_file_destination(out, gguf.MAGIC, overwrite=request.overwrite)
+    if request.format in _FILES:
+        suffix, magic = _FILES[request.format]
+        out = out if request.output else out.with_name(out.name + suffix)
+        check_file_destination(out, magic, overwrite=request.overwrite)
     else:
         check_destination(out, overwrite=request.overwrite)
     return out

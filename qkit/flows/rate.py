@@ -26,7 +26,7 @@ from qkit.numerics import cast, dequantize
 from qkit.packing.entropy import alphabet
 from qkit.report import tensor_sqnr_db
 from qkit.spec import PRESETS, Float, QSpec, Scheme, parse
-from qkit.targets.artifact import META
+from qkit.targets.artifact import is_artifact
 
 DB_PER_BIT = 20 * math.log10(2)
 
@@ -116,7 +116,7 @@ def rate_distortion(
 def _open(model: nn.Module | str | Path, trust_pickle: bool) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
-    if (Path(model) / META).is_file():
+    if is_artifact(model):
         raise UsageError(
             "an artifact no longer has its float weights",
             where=str(model),

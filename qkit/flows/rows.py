@@ -12,11 +12,6 @@ from qkit.report import LayerRow
 from qkit.spec import QSpec, Scheme
 
 
-def join(name: str, leaf: str) -> str:
-    """The full name of a tensor of the module ``name``."""
-    return f"{name}.{leaf}" if name else leaf
-
-
 def quantized_row(
     entry: Entry,
     scheme: str,

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from qkit.errors import InputError, QkitError, RequestError, UsageError, VerificationError
 from qkit.flows.check import expected
+from qkit.packing.container import is_container
 from qkit.report import compare, package_version
 from qkit.targets import COMPRESSED, LOWERED, QUANTO
 from qkit.targets.artifact import PROGRAM, Artifact, check_files, read_artifact
@@ -56,6 +58,7 @@ def verify(
     The architecture comes from ``model`` (``package.module:factory``), from ``source`` (the model
     file that was quantized), or from the artifact itself; the ``torch.export`` program, if there
     is one, is run as well. Where neither is possible, each quantized layer is run by itself.
+    A coded file carries no outputs; it is decoded, and its tensors must be those it was made of.
     An artifact of another target is run by that target's runtime. ``path`` may also be an .onnx,
     .pte or .pt2 file, which is loaded and run on made-up inputs, or, with the ``dialect``
     "tensorrt", held against the rules of TensorRT's explicit quantization. AOTInductor packages
@@ -78,6 +81,12 @@ def verify(
         return verify_file(Path(path), target, dialect=dialect, trusted=trust_code)
     if dialect is not None:
         raise UsageError("a dialect is that of an .onnx file", got=str(path))
+    if is_container(path):
+        from qkit.flows.coded import verify_coded
+
+        if runtime_cache:
+            raise _no_cache(path)
+        return verify_coded(path, model=model, source=source, trust_pickle=trust_pickle)
     artifact = read_artifact(path)
     if runtime_cache and artifact.target in LOWERED:
         raise _no_cache(path)
@@ -95,10 +104,10 @@ def verify(
     _ = artifact.layers, artifact.aliases, artifact.buffers  # also what no way below reads
     reference = expected(artifact)
     ways = _ways(artifact, reference, bool(model or source))
-    job = _job(artifact, ways, model, source, trust_pickle) | {"runtime_cache": runtime_cache}
+    job = verify_job(artifact, ways, model, source, trust_pickle) | {"runtime_cache": runtime_cache}
     outputs, facts = fresh_process(job, artifact)
     runtime = f"torch {torch.__version__}, eager"
-    return _result(ways, reference, outputs, artifact, runtime) | facts
+    return verification(ways, reference, outputs, artifact, runtime) | facts
 
 
 def _no_cache(path: str | Path) -> UsageError:
@@ -121,19 +130,20 @@ def verify_runtime(
     distribution. Takes the architecture, returns and raises as :func:`verify` does; outputs may
     differ by ``slack`` where that is more than :data:`BOUNDS`.
     """
-    job = _job(artifact, [way], model, source, trust_pickle)
+    job = verify_job(artifact, [way], model, source, trust_pickle)
     outputs, facts = fresh_process(job, artifact)
     runtime = f"{package} {package_version(package)}, torch {torch.__version__}"
-    return _result([way], expected(artifact), outputs, artifact, runtime, slack) | facts
+    return verification([way], expected(artifact), outputs, artifact, runtime, slack=slack) | facts
 
 
-def _job(
+def verify_job(
     artifact: Artifact,
     ways: list[str],
     model: str | None,
     source: str | Path | None,
     trust_pickle: bool,
 ) -> dict[str, Any]:
+    """What a fresh process is told (:mod:`qkit.flows.worker`)."""
     return {
         "artifact": str(artifact.path.absolute()),
         "ways": ways,
@@ -144,18 +154,23 @@ def _job(
     }
 
 
-def _result(
+def verification(
     ways: list[str],
     reference: dict[str, Tensor],
     outputs: dict[str, Tensor],
     artifact: Artifact,
     runtime: str,
+    more: Sequence[dict[str, Any]] = (),
     slack: float = 0.0,
 ) -> dict[str, Any]:
-    checks = [_judge(way, reference, outputs, artifact, slack) for way in ways]
+    """What :func:`verify` returns, if the ``outputs`` of all ``ways`` are as they should be.
+
+    ``more`` are checks that were made already; ``slack`` is as in :func:`verify_runtime`.
+    """
+    checks = [*more, *(_judge(way, reference, outputs, artifact, slack) for way in ways)]
     return {
         "status": "verified",
-        "level": "layers" if ways == ["layers"] else "model",
+        "level": ways[0] if ways == ["layers"] else "model" if ways else more[0]["way"],
         "runtime": runtime,
         "fresh_process": True,
         "bit_identical": all(c["bit_identical"] for c in checks),

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from qkit.flows.casts import nothing_cast
 from qkit.flows.pieces import Cast, Layer, Pieces
 from qkit.flows.ptq import Plan, plan_layers
-from qkit.flows.rows import exact_input, join, left_row, tied_row
+from qkit.flows.rows import exact_input, left_row, tied_row
 from qkit.models.checkpoint import Checkpoint
 from qkit.nn import QUANTIZED, QLayer, swap, tree
 from qkit.nn.names import opened_state
-from qkit.packing.store import Stored
+from qkit.packing.store import Stored, join
 from qkit.report import LayerRow
 from qkit.spec import Float, Recipe, Scheme
 from qkit.targets.weights import describe_weights

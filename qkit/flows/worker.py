@@ -3,9 +3,11 @@
 It knows only what a deployment would know: the artifact, and how to build the architecture. It
 loads, runs the stored inputs, and writes what came out; the parent compares. A job has
 
-``artifact``  the folder        ``check``    its check file
+``artifact``  the folder or coded file
+``check``     the folder of the check file, where that is another one
 ``ways``      what to try: ``module`` (qkit.load), ``program`` (the exported graph),
-              ``layers``, ``transformers`` (its own from_pretrained), ``quanto`` (requantize)
+              ``layers``, ``tensors`` (their hash), ``transformers`` (its own
+              from_pretrained), ``quanto`` (requantize)
 ``model``     package.module:factory or null        ``source``  a model file for the architecture
 ``runtime_cache``  for ``module``
 ``trust_pickle``  for ``source``                    ``threads`` as in the parent
@@ -33,6 +35,7 @@ from qkit.models.checkpoint import Checkpoint, open_folder
 from qkit.models.factory import offline_transformers, spread, ties_of, transformers_class
 from qkit.report import peak_rss_bytes, resident_bytes
 from qkit.targets.artifact import WEIGHTS, Artifact, read_artifact
+from qkit.targets.coded import DIGEST, digest
 from qkit.targets.program import load_program
 from qkit.targets.quanto import map_of
 from qkit.targets.torch import load
@@ -59,6 +62,7 @@ def _do(job: dict[str, Any]) -> None:
     if job.get("runtime"):
         work(job, artifact)
         return
+    given = Artifact(Path(job["check"]), {}) if job.get("check") else artifact
     outputs: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
     for way in job["ways"]:
@@ -67,6 +71,9 @@ def _do(job: dict[str, Any]) -> None:
             # One tensor at a time: the artifact may be larger than memory.
             entries = with_aliases(artifact, open_folder(artifact.path).entries)
             outputs |= layer_outputs(artifact, Checkpoint(entries))
+            continue
+        if way == "tensors":
+            facts[DIGEST] = digest(read_weights(artifact))
             continue
         if way == "transformers":
             model = _from_pretrained(artifact)
@@ -81,7 +88,7 @@ def _do(job: dict[str, Any]) -> None:
                 runtime_cache=job.get("runtime_cache", False),
             )
         facts[f"{way}_load_seconds"] = round(time.perf_counter() - start, 3)
-        results = run(model, inputs_of(artifact))
+        results = run(model, inputs_of(given))
         facts[f"{way}_first_output_seconds"] = round(time.perf_counter() - start, 3)
         grown = {kind: now - before[kind] for kind, now in resident_bytes().items()}
         facts[f"{way}_first_output_bytes"] = grown

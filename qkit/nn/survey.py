@@ -24,6 +24,7 @@ from qkit.nn.open import Opening, gone, opening, why_closed
 from qkit.nn.opened import Opened
 from qkit.nn.tree import Tensors, without_form
 from qkit.ops.schema import FLOATS
+from qkit.packing.store import join
 
 QUANTIZED: dict[type[nn.Module], type[QLayer]] = {
     layer.float_class: layer for layer in (QLinear, *CONVOLUTIONS, QEmbedding, QEmbeddingBag)
@@ -109,7 +110,7 @@ class _Walk:
             inside, kind = name, opened_from
         for leaf, child in module._modules.items():
             if child is not None:
-                yield from self.visit(_join(name, leaf), child, inside, kind)
+                yield from self.visit(join(name, leaf), child, inside, kind)
 
     def _opening(self, module: nn.Module) -> Opening | str | None:
         """How ``module`` is opened, or why it is not although it could be; None for the others."""
@@ -130,7 +131,7 @@ class _Walk:
             if own := list(layer.parameters(recurse=False)):
                 count = self._count(own)
                 rest -= count
-                full = _join(name, path)
+                full = join(name, path)
                 parent = (name, form.kind, True, form.note)
                 entries.append(Entry(full, layer, count, _reason(layer), None, *parent))
         self._count(params)
@@ -142,10 +143,6 @@ class _Walk:
         new = {id(p): p for p in own if id(p) not in self.counted}
         self.counted |= new.keys()
         return sum(_numel(p) for p in new.values())
-
-
-def _join(name: str, path: str) -> str:
-    return ".".join(filter(None, (name, path)))
 
 
 def _numel(p: Tensor) -> int:

@@ -47,6 +47,11 @@ class Stored:
     dtype: torch.dtype
 
 
+def join(name: str, leaf: str) -> str:
+    """The full name of ``leaf`` of the module ``name``; either may be empty."""
+    return ".".join(filter(None, (name, leaf)))
+
+
 def matrix_shape(shape: Shape) -> tuple[int, int]:
     """``[rows, columns]`` of a weight of ``shape``."""
     return shape[0], math.prod(shape[1:])

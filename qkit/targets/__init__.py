@@ -92,7 +92,7 @@ TARGETS = {
 LOWERED = tuple(name for name in TARGETS if name != "torch")
 
 
-COMPRESSED, GGUF, QUANTO = "compressed-tensors", "gguf", "quanto"
+COMPRESSED, GGUF, QUANTO, CODED = "compressed-tensors", "gguf", "quanto", "coded"
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ def _gguf_obstacle(scheme: Scheme) -> str | None:
 # The values of --format.
 FORMATS = {
     "qkit": FormatInfo(None, (), lambda scheme: None),
+    CODED: FormatInfo(None, (), lambda scheme: None),
     COMPRESSED: FormatInfo(
         COMPRESSED, ("transformers", "compressed-tensors"), _compressed_obstacle
     ),

@@ -29,6 +29,7 @@ from typing import Any
 from torch import Tensor
 
 from qkit.errors import InputError, RequestError
+from qkit.packing.container import is_container, open_container
 from qkit.packing.store import turn
 from qkit.spec import FP32, Int, PerChannel, PerGroup, PerTensor, PerToken, QSpec
 from qkit.spec.plain import show, take
@@ -82,11 +83,22 @@ class Artifact:
     """What a run wrote: the folder and the contents of its ``qkit.json``.
 
     ``meta`` is what the file says; the properties check it first and raise
-    :class:`~qkit.errors.InputError`, because an artifact may come from anybody.
+    :class:`~qkit.errors.InputError`, because an artifact may come from anybody. A coded file
+    (:mod:`qkit.targets.coded`) is an artifact too: ``path`` is the file then.
     """
 
     path: Path
     meta: dict[str, Any]
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether it is one coded file."""
+        return self.path.is_file()
+
+    @property
+    def head(self) -> Path:
+        """The file that ``meta`` is read from."""
+        return self.path if self.is_coded else self.path / META
 
     @property
     def layers(self) -> dict[str, LayerFacts]:
@@ -164,7 +176,7 @@ class Artifact:
             yield
         except InputError as error:
             raise InputError(
-                f"{META} is corrupt: {key}: {error}", where=str(self.path / META)
+                f"{self.head.name} is corrupt: {key}: {error}", where=str(self.head)
             ) from error
 
     @property
@@ -261,9 +273,18 @@ def _own_hash(text: str, stated: str) -> str:
     return hashlib.sha256((head + key + tail.removeprefix(stated)).encode()).hexdigest()
 
 
+def is_artifact(path: str | Path) -> bool:
+    """Whether ``path`` is a folder or a coded file that qkit wrote."""
+    return (Path(path) / META).is_file() or is_container(path)
+
+
 def read_artifact(path: str | Path) -> Artifact:
-    """The artifact in the folder ``path``; :class:`~qkit.errors.InputError` if it is none."""
+    """The artifact ``path``; :class:`~qkit.errors.InputError` if it is none."""
     folder = Path(path)
+    if is_container(folder):
+        meta = open_container(folder).meta
+        _check_version(meta, folder)
+        return Artifact(folder, meta | {"files": {}})
     file = folder / META
     if not file.is_file():
         raise InputError("not a qkit artifact", where=str(folder), wanted=f"a folder with {META}")
@@ -274,6 +295,18 @@ def read_artifact(path: str | Path) -> Artifact:
         raise InputError(f"{META} is corrupt: {error}", where=str(folder)) from error
     except OSError as error:
         raise InputError(f"cannot read {META}: {error.strerror}", where=str(folder)) from error
+    _check_version(meta, file)
+    stated = meta.get("sha256")
+    if not isinstance(stated, str) or _own_hash(text, stated) != stated:
+        raise InputError(
+            f"{META} is corrupt: it is not the file that was written",
+            where=str(file),
+            fix="copy the artifact again, or quantize again",
+        )
+    return Artifact(folder, meta)
+
+
+def _check_version(meta: Any, file: Path) -> None:
     version = meta.get("format_version") if isinstance(meta, dict) else None
     if type(version) is not int or version != FORMAT_VERSION:
         raise InputError(
@@ -283,14 +316,6 @@ def read_artifact(path: str | Path) -> Artifact:
             wanted=FORMAT_VERSION,
             fix="use the qkit version that wrote it, or quantize again",
         )
-    stated = meta.get("sha256")
-    if not isinstance(stated, str) or _own_hash(text, stated) != stated:
-        raise InputError(
-            f"{META} is corrupt: it is not the file that was written",
-            where=str(file),
-            fix="copy the artifact again, or quantize again",
-        )
-    return Artifact(folder, meta)
 
 
 def check_files(artifact: Artifact) -> None:

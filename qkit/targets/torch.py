@@ -21,7 +21,6 @@ from qkit.spec import Scheme
 from qkit.targets.artifact import (
     ARCHITECTURE,
     CONFIG,
-    META,
     PROGRAM,
     Artifact,
     LayerFacts,
@@ -152,7 +151,7 @@ def _fill(model: nn.Module, artifact: Artifact, tensors: dict[str, Tensor]) -> n
         if facts.kind not in LAYERS:
             raise InputError(
                 "unknown class of a quantized layer",
-                where=str(artifact.path / META),
+                where=str(artifact.head),
                 got=f"{name}: {facts.kind}",
                 wanted=", ".join(LAYERS),
             )
@@ -166,7 +165,7 @@ def _fill(model: nn.Module, artifact: Artifact, tensors: dict[str, Tensor]) -> n
         layer = QUANTIZED.get(type(old))
         lacks = layer and layer.lacks(Scheme(facts.spec, facts.acts))
         if lacks and layer is LAYERS[facts.kind]:
-            raise InputError(f"{facts.kind} {lacks}", where=str(artifact.path / META), got=name)
+            raise InputError(f"{facts.kind} {lacks}", where=str(artifact.head), got=name)
         # A bare state dict does not tell its layers' classes: the codes are those of any class that
         # stores its weight so. What has no quantized form is float again, the same tensor for all
         # that share the codes.

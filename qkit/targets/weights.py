@@ -18,7 +18,10 @@ from qkit.nn import QLayer
 from qkit.nn.layer import stored_name
 from qkit.numerics import dequantize
 from qkit.packing import from_tensors, tensor_specs
+from qkit.packing.container import open_container
+from qkit.packing.store import join
 from qkit.targets.artifact import INDEX, WEIGHTS, Artifact, LayerFacts
+from qkit.targets.coded import derived_tensors
 from qkit.targets.compressed_tensors import to_own_layout
 
 T = TypeVar("T")
@@ -116,11 +119,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_weights(artifact: Artifact) -> dict[str, Tensor]:
-    """The tensors of the artifact's weights file or shards, mapped from disk.
+    """The tensors of the artifact's weights file or shards, mapped from disk, or of a coded file.
 
     Raises :class:`~qkit.errors.InputError` for a shard that is missing or unreadable, and where
     the index and the shards do not agree.
     """
+    if artifact.is_coded:
+        return open_container(artifact.path).tensors() | derived_tensors(artifact)
     if artifact.is_compressed_tensors:
         return to_own_layout(read_tensors(artifact.path / WEIGHTS), artifact.layers)
     if artifact.weights == [artifact.path / WEIGHTS] or not (artifact.path / INDEX).is_file():
@@ -150,10 +155,9 @@ def unpack(
     if first not in floats:
         q = from_tensors(stored, facts.spec, name=name)
         floats[first] = facts.as_weight(dequantize(q, getattr(torch, facts.dtype)))
-    prefix = f"{name}." if name else ""
     for key in stored:
-        del tensors[prefix + key]
-    tensors[prefix + "weight"] = floats[first]
+        del tensors[join(name, key)]
+    tensors[join(name, "weight")] = floats[first]
 
 
 def float_tensors(artifact: Artifact) -> dict[str, Tensor]:
@@ -174,7 +178,7 @@ def stored_tensors(
     """
     stored = {}
     for key, want in tensor_specs(facts.shape, facts.spec, facts.acts).items():
-        full = f"{name}.{key}" if name else key
+        full = join(name, key)
         have = tensors.get(full)
         if have is None or (tuple(have.shape), have.dtype) != (want.shape, want.dtype):
             raise InputError(

@@ -92,7 +92,7 @@ def request(source: Path, out: Path, scheme: str = "w8a16") -> Request:
 
 
 def untimed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sys.modules["qkit.flows.quantize"], "fill_latency", lambda *given: None)
+    patch.setattr(sys.modules["qkit.flows.evaluate"], "fill_latency", lambda *given: None)
 
 
 def quick(patch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ class Kinds(nn.Module):
 
 @pytest.fixture(autouse=True)
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["qkit.flows.quantize"], "fill_latency", lambda *given: None)
+    monkeypatch.setattr(sys.modules["qkit.flows.evaluate"], "fill_latency", lambda *given: None)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ one, ``H = -sum(p * log2(p))`` bits per symbol.
 """
 
 from qkit.packing.entropy.coder import CodingStats as CodingStats
+from qkit.packing.entropy.coder import breakdown as breakdown
 from qkit.packing.entropy.coder import decode as decode
 from qkit.packing.entropy.coder import encode as encode
 from qkit.packing.entropy.coder import stats as stats

@@ -120,6 +120,22 @@ def stats(codes: Tensor | ArrayLike, *, threads: int | None = None) -> CodingSta
     return CodingStats(array.size, alphabet.entropy(counts), bits)
 
 
+def breakdown(data: bytes | memoryview) -> tuple[str, dict[str, int]]:
+    """The method of a section, and where its bytes go: by what they hold, all of them.
+
+    ``codes``, or the ``gaps`` and ``values`` of a sparse section, are the coded blocks; ``tables``
+    those of the codes; ``headers`` the rest. Raises what :func:`decode` raises for a bad header.
+    """
+    section = read(memoryview(data).cast("B"))
+    kinds = ("gaps", "values") if section.layout.method == "sparse" else ("codes",)
+    inner = [read(section.part(i)) for i in range(2)] if len(kinds) == 2 else [section]
+    found = {kind: len(part.payload) for kind, part in zip(kinds, inner, strict=True)}
+    every = {id(each): each for each in (section, *inner)}.values()
+    found["tables"] = sum(len(each.layout.table) for each in every)
+    found["headers"] = len(data) - sum(found.values())
+    return section.layout.method, found
+
+
 def _array(codes: Tensor | ArrayLike) -> NDArray:
     if isinstance(codes, Tensor):
         if codes.dtype not in (torch.int8, torch.uint8):  # numpy lacks some of the others
