@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 from qkit.cli.common import (
     architecture_options,
@@ -22,6 +24,20 @@ from qkit.cli.common import (
 @click.option("--input", "input_spec", metavar="SHAPE", help="Random inputs, such as 1x3x32x32.")
 @calib_option("Real inputs")
 @image_option
+@click.option(
+    "--per-layer",
+    is_flag=True,
+    help="Quantize each layer of B alone too, and tell which layers to leave in float. B may be an "
+    "artifact of --target onnx or xnnpack, with --calib of its run.",
+)
+@click.option(
+    "--gain",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3.0,
+    show_default=True,
+    metavar="DB",
+    help="With --per-layer: what leaving layers in float should gain.",
+)
 @architecture_options
 @threads_option
 @seed_option
@@ -33,6 +49,8 @@ def command(
     input_spec: str | None,
     calib: str | None,
     image: tuple[str, ...],
+    per_layer: bool,
+    gain: float,
     model: str | None,
     trust_pickle: bool,
     threads: int | None,
@@ -46,16 +64,17 @@ def command(
     from qkit.errors import UsageError
     from qkit.flows import compare
     from qkit.flows.data import open_data
-    from qkit.flows.evaluate import COMPARED_SAMPLES
     from qkit.models import parse_input_spec
 
     if input_spec and calib:
         raise UsageError("give --input or --calib, not both")
     set_threads(threads)
-    inputs = parse_input_spec(input_spec, seed=seed) if input_spec else None
+    inputs: Any = parse_input_spec(input_spec, seed=seed) if input_spec else None
     if calib:
-        inputs = open_data(calib, images=image).head(COMPARED_SAMPLES)
-    result = compare(a, b, inputs, model=model, trust_pickle=trust_pickle)
+        inputs = open_data(calib, images=image)
+    result = compare(
+        a, b, inputs, model=model, trust_pickle=trust_pickle, per_layer=per_layer, gain=gain
+    )
     if as_json:
         print_json(result.to_json())
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from qkit.flows import Comparison, Node, RatePoint
+from qkit.flows import Comparison, Node, PerLayer, RatePoint
 from qkit.report import LayerRow, Report
 
 MAX_ROWS = 60
@@ -176,6 +177,9 @@ def _latency(report: Report) -> str:
 def print_comparison(result: Comparison) -> None:
     """The layers, the worst first, then the output."""
     out = console()
+    if result.per_layer is not None:
+        _print_costs(out, result.per_layer)
+        return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("layer", "a", "b", "of"):
         table.add_column(name, overflow="fold")
@@ -207,6 +211,31 @@ def print_comparison(result: Comparison) -> None:
             f"output: SQNR {decibels(error.sqnr_db)}, cosine {error.cosine:.6f}, "
             f"max abs {largest(error.max_abs)} (inputs {result.inputs})",
         )
+
+
+def _print_costs(out: Console, costs: PerLayer) -> None:
+    """What each layer costs, the worst first, and what to leave in float."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("layer", "kind"):
+        table.add_column(name, overflow="fold")
+    for name in ("cumulative SQNR", "SQNR alone"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in costs.layers[:MAX_ROWS]:
+        figures = (row.cumulative_db, row.isolated_db)
+        table.add_row(row.name or "(the model)", row.kind, *map(decibels, figures))
+    out.print(table)
+    out.print(
+        "cumulative: of the layer's output, with all layers quantized; alone: of the model's "
+        "output, with this layer only"
+    )
+    if costs.reproduced is False:
+        out.print("note: the artifact was calibrated with other data: its ranges are others")
+    out.print(f"output: SQNR {decibels(costs.output.sqnr_db)} (inputs {costs.inputs})")
+    if not costs.skip:
+        out.print("leaving a quarter of the layers in float would gain less than 1 dB")
+        return
+    options = " ".join(f"--ignore {shlex.quote(name)}" for name in costs.skip)
+    out.print(f"to gain {costs.gain_db:.1f} dB, to {decibels(costs.skip_db)}: {options}")
 
 
 def print_rates(points: list[RatePoint]) -> None:

@@ -10,6 +10,7 @@ from qkit.flows.inspect import Node as Node
 from qkit.flows.inspect import inspect as inspect
 from qkit.flows.lower import lower as lower
 from qkit.flows.lower_file import lower_file as lower_file
+from qkit.flows.per_layer import PerLayer as PerLayer
 from qkit.flows.quantize import Request as Request
 from qkit.flows.quantize import quantize as quantize
 from qkit.flows.quantize import quantize_file as quantize_file

@@ -14,14 +14,18 @@ from torch import Tensor, nn
 
 from qkit.errors import InputError, UsageError
 from qkit.flows.check import inputs_of, is_callable
-from qkit.flows.evaluate import AnyInputs, as_inputs, eval_mode, for_dtype
-from qkit.models import Inputs, infer, resolve_factory, run
+from qkit.flows.data import Data, in_memory
+from qkit.flows.evaluate import COMPARED_SAMPLES, AnyInputs, as_inputs, eval_mode, for_dtype
+from qkit.flows.per_layer import GAIN_DB, SAMPLES, ModuleModel, PerLayer, of_artifact
+from qkit.flows.per_layer import per_layer as layer_costs
+from qkit.models import Inputs, infer, resolve_factory, run, split
 from qkit.models import load as load_model
 from qkit.nn import QLayer, tree
 from qkit.nn.computed import detached
 from qkit.nn.open import opened_like
 from qkit.report import ErrorStats
 from qkit.report import compare as compare_tensors
+from qkit.targets import LOWERED
 from qkit.targets import torch as torch_target
 from qkit.targets.artifact import PROGRAM, Artifact, is_artifact, read_artifact
 from qkit.targets.weights import float_tensors
@@ -39,13 +43,16 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``output`` is None where the models could not be run; then layers compare weights."""
+    """``output`` is None where the models could not be run; then layers compare weights.
+
+    ``per_layer`` tells what each layer costs, where that was asked for."""
 
     output: ErrorStats | None
     layers: list[LayerDifference]
     inputs: str | None
     only_in_a: list[str]
     only_in_b: list[str]
+    per_layer: PerLayer | None = None
 
     def to_json(self) -> dict[str, Any]:
         """This comparison as plain data."""
@@ -59,7 +66,7 @@ class Comparison:
             "layers": rows,
             "only_in_a": self.only_in_a,
             "only_in_b": self.only_in_b,
-        }
+        } | ({"per_layer": self.per_layer.to_json()} if self.per_layer else {})
 
 
 @dataclass(frozen=True)
@@ -108,10 +115,12 @@ def _open_artifact(artifact: Artifact, factory: str | None, like: nn.Module | No
 def compare(
     a: nn.Module | str | Path,
     b: nn.Module | str | Path,
-    inputs: AnyInputs | None = None,
+    inputs: AnyInputs | Data | None = None,
     *,
     model: str | None = None,
     trust_pickle: bool = False,
+    per_layer: bool = False,
+    gain: float = GAIN_DB,
 ) -> Comparison:
     """The error of ``b`` against ``a``: of the outputs, and of each layer that both have.
 
@@ -121,7 +130,17 @@ def compare(
     inferred ones); a layer's error includes
     what it inherits from the layers before it. Where layers cannot be run, weights are compared
     instead.
+
+    With ``per_layer``, ``a`` is the float model and ``b`` quantized, or an artifact of the PT2E
+    flow, for which ``inputs`` are its calibration data: each layer is also quantized alone, and the
+    layers are named that gain ``gain`` decibels when they stay in float (:class:`PerLayer`).
     """
+    if per_layer and not isinstance(b, nn.Module) and is_artifact(b):
+        artifact = read_artifact(b)
+        if artifact.target in LOWERED:
+            return _lowered(_open(a, model, trust_pickle, None), artifact, inputs, gain)
+    if isinstance(inputs, Data):
+        inputs = inputs.head(COMPARED_SAMPLES)
     if isinstance(b, nn.Module) or not is_artifact(b):
         second = _open(b, model, trust_pickle, None)
         first = _open(a, model, trust_pickle, second.model)
@@ -140,6 +159,11 @@ def compare(
             fix="--model package.module:factory names the architecture",
         )
     if given is None or first.model is None or second.model is None:
+        if per_layer:
+            raise UsageError(
+                "layers can be judged only where both models run",
+                fix="--calib or --input; --model package.module:factory names an architecture",
+            )
         return Comparison(None, _weights(first.layers, second.layers, needed=True), None, *only)
     with eval_mode(first.model, second.model):
         with _captured(first.model) as outputs_a:
@@ -153,7 +177,26 @@ def compare(
         for stats in [compare_tensors([x], [y])]
     ]
     layers = layers or _weights(first.layers, second.layers, needed=False)
-    return Comparison(compare_tensors(reference, result), layers, given.origin, *only)
+    costs = None
+    if per_layer:
+        part = split(given, SAMPLES)
+        costs = layer_costs(ModuleModel(first.model, second.model, part), given.origin, gain=gain)
+    return Comparison(compare_tensors(reference, result), layers, given.origin, *only, costs)
+
+
+def _lowered(
+    first: _Opened, artifact: Artifact, inputs: AnyInputs | Data | None, gain: float
+) -> Comparison:
+    """The layers of a float model and of an artifact that another runtime runs."""
+    if first.model is None:
+        raise UsageError(
+            "the float model cannot be run: it is tensors without an architecture",
+            fix="--model package.module:factory names the architecture",
+        )
+    given = inputs_of(artifact) if inputs is None else inputs
+    data = given if isinstance(given, Data) else in_memory(given)
+    costs = of_artifact(first.model, artifact, data, gain=gain)
+    return Comparison(costs.output, [], costs.inputs, [], [], costs)
 
 
 def _alike(one: _Opened, other: _Opened) -> _Opened:

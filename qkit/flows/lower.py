@@ -280,7 +280,8 @@ def _save(
         tensors |= {f"{FLOAT}.{i}": t for i, t in enumerate(floats)}
         save_tensors({name: t.contiguous() for name, t in tensors.items()}, folder / CHECK)
         options = {name: value for name, value in converted.options.items() if value is not None}
-        meta = head(report, source, None, target=runtime.name) | {"options": options}
+        meta = head(report, source, None, target=runtime.name)
+        meta |= {"options": options, "observer": converted.observer}
         artifact = write_meta(folder, meta)
         outputs, facts = run_fresh(artifact, runtime.name, rival=rival)
         wanted: list[Tensor] = [tensors[f"module.{i}"] for i in range(len(floats))]

@@ -8,6 +8,7 @@ done.sites          # every layer, and what became of it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
@@ -16,13 +17,24 @@ from qkit.errors import CoverageError, InputError, UsageError, nearest
 from qkit.flows.data import Data, in_memory
 from qkit.flows.evaluate import AnyInputs, eval_mode
 from qkit.flows.ptq import Progress, check_rules, check_tensors, no_progress
-from qkit.graph import DIALECTS, Dialect, Site, capture, find_sites, quiet
+from qkit.graph import DIALECTS, Captured, Dialect, Site, capture, find_sites, quiet
 from qkit.graph.capture import Dims
 from qkit.models import Inputs, leading, run
 from qkit.numerics import OBSERVERS
 from qkit.spec import Recipe, Scheme, parse
 from qkit.targets import require_packages
 from qkit.targets.backend import Converted
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A captured model with observers in its graph ``module``, which have seen ``samples``."""
+
+    captured: Captured
+    module: fx.GraphModule
+    sites: tuple[Site, ...]
+    samples: int
+    observer: str
 
 
 def convert(
@@ -52,10 +64,39 @@ def convert(
     has no values, and for data that it does not take; :class:`~qkit.errors.UsageError` for unknown
     names; :class:`~qkit.errors.CoverageError` if nothing can be quantized.
     """
+    done = prepare(
+        model,
+        scheme,
+        data,
+        dialect=dialect,
+        ignore=ignore,
+        observer=observer,
+        dims=dims,
+        quantizer=quantizer,
+        watch=watch,
+        progress=progress,
+    )
+    return finish(done, options or {}, watch=watch)
+
+
+def prepare(
+    model: nn.Module,
+    scheme: str | Scheme | Recipe,
+    data: Data | AnyInputs,
+    *,
+    dialect: str | Dialect = "onnx",
+    ignore: Sequence[str] = (),
+    observer: str = "minmax",
+    dims: Dims | None = None,
+    quantizer: Any = None,
+    watch: bool = False,
+    progress: Progress = no_progress,
+) -> Prepared:
+    """The first part of :func:`convert`: all but the conversion."""
     require_packages(["torchao"], "pt2e", "the PT2E flow")
     from qkit.graph.annotate import RecipeQuantizer, name_observers
-    from qkit.graph.ao import convert_pt2e, prepare_pt2e
-    from qkit.graph.ranges import activation_rows, watch_activations
+    from qkit.graph.ao import prepare_pt2e
+    from qkit.graph.ranges import watch_activations
 
     recipe = resolve(scheme, ignore)
     if observer not in OBSERVERS:
@@ -86,13 +127,40 @@ def convert(
     sites = quantizer.sites if isinstance(quantizer, RecipeQuantizer) else []
     static = not isinstance(quantizer, RecipeQuantizer) or any(site.static for site in sites)
     samples = _calibrate(prepared, data, progress, once=not static)
-    activations = tuple(activation_rows(prepared)) if watch else ()
+    return Prepared(captured, prepared, tuple(sites), samples, observer)
+
+
+def finish(prepared: Prepared, options: Mapping[str, Any], *, watch: bool = False) -> Converted:
+    """The converted program of ``prepared``, whose module is used up."""
+    from qkit.graph.ao import convert_pt2e
+    from qkit.graph.ranges import activation_rows
+
+    activations = tuple(activation_rows(prepared.module)) if watch else ()
     with quiet():
-        module = _without_unused(convert_pt2e(prepared))
+        module = _without_unused(convert_pt2e(prepared.module))
+    sites = prepared.sites
     expected = sum(site.layers for site in sites if site.scheme is not None)
     return Converted(
-        captured, module, tuple(sites), expected, dict(options or {}), activations, samples
+        prepared.captured,
+        module,
+        sites,
+        expected,
+        dict(options),
+        activations,
+        prepared.samples,
+        prepared.observer,
     )
+
+
+def unfolded(prepared: Prepared) -> fx.GraphModule:
+    """The converted program with the weights in float, behind which they are rounded.
+
+    It computes what that of :func:`finish` does. The module of ``prepared`` is used up.
+    """
+    from qkit.graph.ao import convert_pt2e
+
+    with quiet():
+        return convert_pt2e(prepared.module, fold_quantize=False)
 
 
 def resolve(scheme: str | Scheme | Recipe, ignore: Sequence[str]) -> Recipe:

@@ -145,12 +145,12 @@ def bias_of(node: fx.Node) -> fx.Node | None:
 
 def dynamic_codes(node: Any) -> fx.Node | None:
     """The node whose codes, of a range that is taken at each call, ``node`` dequantizes."""
-    codes: Any = node.args[0] if _decomposed(node) == "dequantize_per_tensor" else None
-    dynamic = _decomposed(codes) == "quantize_per_tensor" and isinstance(codes.args[1], fx.Node)
+    codes: Any = node.args[0] if decomposed(node) == "dequantize_per_tensor" else None
+    dynamic = decomposed(codes) == "quantize_per_tensor" and isinstance(codes.args[1], fx.Node)
     return codes if dynamic else None
 
 
-def _decomposed(node: Any) -> str | None:
+def decomposed(node: Any) -> str | None:
     """The name of an operator of PT2E's converted programs; None for others."""
     schema = getattr(getattr(node, "target", None), "_schema", None)
     space, _, name = (schema.name if schema else "").partition("::")

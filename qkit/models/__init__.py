@@ -11,6 +11,7 @@ from qkit.models.images import read_image as read_image
 from qkit.models.infer import infer as infer
 from qkit.models.inputs import Inputs as Inputs
 from qkit.models.inputs import batches as batches
+from qkit.models.inputs import flatten as flatten
 from qkit.models.inputs import from_npz as from_npz
 from qkit.models.inputs import leading as leading
 from qkit.models.inputs import parse_input_spec as parse_input_spec

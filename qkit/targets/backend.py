@@ -30,7 +30,7 @@ class Converted:
     """What is lowered: the captured float model, the quantized ``module`` (of PT2E, with quantize
     and dequantize operators, or with weights that the target has operators for), and what became of
     each layer of PT2E. ``expected`` layers should run as integers; ``options`` are the target's,
-    ``activations`` the ranges learnt from ``samples``, where a report of them was asked for."""
+    ``activations`` the ranges that ``observer`` learnt from ``samples``, where asked for."""
 
     captured: Captured
     module: fx.GraphModule
@@ -39,6 +39,7 @@ class Converted:
     options: Mapping[str, Any] = field(default_factory=dict)
     activations: tuple[ActivationRow, ...] = ()
     samples: int = 0
+    observer: str | None = None
 
     @property
     def chosen(self) -> list[Site]:
