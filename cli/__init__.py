@@ -21,6 +21,7 @@ from qkit.errors import EXIT_INTERRUPTED, QkitError, nearest
 
 COMMANDS = (
     "quantize",
+    "prune",
     "inspect",
     "verify",
     "compare",

@@ -13,6 +13,7 @@ from rich.tree import Tree
 
 from qkit.flows import Comparison, Node, PerLayer, RatePoint
 from qkit.report import LayerRow, Report
+from qkit.report.pruning import PruneReport
 
 MAX_ROWS = 60
 
@@ -52,7 +53,7 @@ def print_report(report: Report) -> None:
     out.print(_layers(report.layers))
     if activations := report.calibration.get("activations"):
         out.print(_activations(activations))
-    out.print(_totals(report))
+    out.print(_pairs(summary(report)))
     for remark in report.remarks:
         out.print(f"note: {remark}")
 
@@ -105,11 +106,11 @@ def _sqnr_of(row: dict[str, Any]) -> float:
     return float("inf") if row["sqnr_db"] is None else float(row["sqnr_db"])
 
 
-def _totals(report: Report) -> Table:
+def _pairs(lines: dict[str, str]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, text in summary(report).items():
+    for name, text in lines.items():
         table.add_row(name, text)
     return table
 
@@ -134,21 +135,23 @@ def summary(report: Report) -> dict[str, str]:
         for name, values in report.metrics.items():
             lines[name] = ", ".join(f"{key} {value:g}" for key, value in values.items())
     if report.latency_ms:
-        lines["latency"] = _latency(report)
+        lines["latency"] = _latency(report.latency_ms, "float", "quantized")
     if report.kernels:
         lines["kernels"] = ", ".join(f"{name} x{count}" for name, count in report.kernels.items())
-    check = report.verification
-    if check.get("status") == "verified":
-        same = "bit-identical" if check["bit_identical"] else f"within {check['max_rel_error']:.2g}"
-        ways = " and ".join(c["way"] for c in check["checks"])
-        where = "in a fresh process" if check["fresh_process"] else "in this process"
-        lines["verified"] = f"{where} ({check['runtime']}; {ways}): {same}"
-    else:
-        lines["verified"] = f"no: {check.get('status', 'not run')}"
+    lines["verified"] = _verdict(report.verification)
     lines["cost"] = f"{report.seconds:.1f} s, peak memory {size(report.peak_rss_bytes)}"
     if report.artifact:
         lines["artifact"] = report.artifact
     return lines
+
+
+def _verdict(check: dict[str, Any]) -> str:
+    if check.get("status") != "verified":
+        return f"no: {check.get('status', 'not run')}"
+    same = "bit-identical" if check["bit_identical"] else f"within {check['max_rel_error']:.2g}"
+    ways = " and ".join(c["way"] for c in check["checks"])
+    where = "in a fresh process" if check["fresh_process"] else "in this process"
+    return f"{where} ({check['runtime']}; {ways}): {same}"
 
 
 def _error(report: Report) -> str:
@@ -161,17 +164,49 @@ def _error(report: Report) -> str:
     )
 
 
-def _latency(report: Report) -> str:
-    latency = report.latency_ms
+def _latency(latency: dict[str, Any], *names: str) -> str:
     sides = [
         f"{name} {latency[name]['median']:.3g} ms [{latency[name]['p10']:.3g}, "
         f"{latency[name]['p90']:.3g}]"
-        for name in ("float", "quantized")
+        for name in names
     ]
     return (
         f"{' -> '.join(sides)}: {latency['speedup']:.2f}x "
         f"({latency['runtime']}, {latency['threads']} threads, median [p10, p90])"
     )
+
+
+def print_pruning(report: PruneReport) -> None:
+    """The groups, then the totals and the verdict."""
+    out = console()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("group", overflow="fold")
+    for name in ("units", "kept", "rows of each"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report.groups[:MAX_ROWS]:
+        table.add_row(row.name, str(row.units), str(row.kept), str(row.rows))
+    if len(report.groups) > MAX_ROWS:
+        table.add_row(f"... {len(report.groups) - MAX_ROWS} more (--json lists all)")
+    out.print(table)
+    lines = {}
+    for key, name in (("macs", "multiply-adds"), ("params", "parameters")):
+        lines[name] = f"{report.before[key]:,} -> {report.after[key]:,} ({report.ratio[key]:.3f}x)"
+    sizes = (size(report.before["bytes"]), size(report.after["bytes"]))
+    lines["tensors"] = f"{sizes[0]} -> {sizes[1]} ({report.ratio['bytes']:.3f}x)"
+    error = report.error
+    lines["outputs"] = (
+        f"cosine {error['cosine']:.6f} to those before, without any training after it "
+        f"(inputs {error['inputs']})"
+    )
+    if report.latency_ms:
+        lines["latency"] = _latency(report.latency_ms, "before", "after")
+    lines["verified"] = _verdict(report.verification)
+    lines["cost"] = f"{report.seconds:.1f} s, peak memory {size(report.peak_rss_bytes)}"
+    if report.artifact:
+        lines["artifact"] = report.artifact
+    out.print(_pairs(lines))
+    for remark in report.remarks:
+        out.print(f"note: {remark}")
 
 
 def print_comparison(result: Comparison) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from qkit.algorithms import CALIBRATED
 from qkit.errors import QkitError, RequestError, UsageError
 from qkit.flows.quantize import Request, destination, resolve_request
+from qkit.flows.source import pruned_artifact
 from qkit.models import sniff
 from qkit.models.checkpoint import open_checkpoint
 from qkit.models.folder import read_config
@@ -47,6 +48,8 @@ def choose(request: Request, *, streamed: bool | None = None) -> Choice:
     scheme, recipe = resolve_request(request)
     check_format(request.format, scheme)
     destination(request, scheme)
+    if pruned_artifact(request.path) is not None:
+        return Choice(False, "a pruned artifact is loaded whole")
     kind, size = sniff(request.path), source_bytes(request.path)
     free = free_memory_bytes()
     large = size > SHARE * free

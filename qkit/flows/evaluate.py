@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,15 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def fill_size(report: Report, source: int, artifact: int) -> None:
+class Sized(Protocol):
+    """A report with sizes and the cost of the run."""
+
+    size_bytes: dict[str, Any]
+    seconds: float
+    peak_rss_bytes: int
+
+
+def fill_size(report: Sized, source: int, artifact: int) -> None:
     """The bytes of the model before and after, and their ratio."""
     ratio = round(artifact / source, 4)
     report.size_bytes |= {"source": source, "artifact": artifact, "ratio": ratio}
@@ -270,7 +278,7 @@ def _steps(qmodel: nn.Module) -> str:
     return f"; an opened {' or '.join(sorted(kinds))} takes its steps in Python" if kinds else ""
 
 
-def fill_cost(report: Report, start: float) -> None:
+def fill_cost(report: Sized, start: float) -> None:
     """Seconds since ``start`` (of ``time.perf_counter``) and this process's peak memory."""
     report.seconds = round(time.perf_counter() - start, 3)
     report.peak_rss_bytes = peak_rss_bytes()

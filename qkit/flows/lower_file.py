@@ -12,10 +12,10 @@ from qkit.flows.data import Data, open_data
 from qkit.flows.lower import check_request, known_target, lower
 from qkit.flows.pt2e import resolve
 from qkit.flows.ptq import Progress, no_progress
-from qkit.flows.quantize import Request, default_output, request_inputs
+from qkit.flows.quantize import Request, default_output
+from qkit.flows.source import open_source, request_inputs
 from qkit.graph.sites import when
 from qkit.models import Inputs, Loaded
-from qkit.models import load as load_model
 from qkit.report import Report
 from qkit.targets.backend import backend
 from qkit.targets.staging import check_destination
@@ -38,7 +38,7 @@ def lower_file(
             "static ranges of activations are learnt from data",
             fix="--calib FILE.npz with real inputs, or --scheme int8-dynamic",
         )
-    loaded = load_model(request.path, factory=request.model, trust_pickle=request.trust_pickle)
+    loaded = open_source(request.path, factory=request.model, trust_pickle=request.trust_pickle)
     told(f"loaded {request.path}: {loaded.source.kind}")
     if loaded.model is None:
         raise UsageError(

@@ -30,8 +30,8 @@ from qkit.flows.evaluate import (
 from qkit.flows.export import save_compressed_tensors, save_gguf
 from qkit.flows.ptq import Obstacle, Progress, no_obstacle, no_progress, quantize_module
 from qkit.flows.save import check_budgets, save
-from qkit.models import Inputs, Loaded, infer, parse_input_spec, run
-from qkit.models import load as load_model
+from qkit.flows.source import open_source, request_inputs
+from qkit.models import Inputs, Loaded, infer, run
 from qkit.nn import keep_floats, tree
 from qkit.packing import container
 from qkit.report import Report
@@ -270,7 +270,7 @@ def quantize_file(
         scheme = scheme.with_scale(scale)
         recipe = recipe.with_schemes(lambda s: s.with_scale(scale))
     told(scheme.long_form())
-    loaded = load_model(request.path, factory=request.model, trust_pickle=request.trust_pickle)
+    loaded = open_source(request.path, factory=request.model, trust_pickle=request.trust_pickle)
     told(f"loaded {request.path}: {loaded.source.kind}")
     model = (
         loaded.model
@@ -370,24 +370,3 @@ def _as_tree(loaded: Loaded, *, opened: bool) -> nn.Module:
     if not loaded.state_dict:
         raise InputError("the file holds no tensors", where=loaded.source.path)
     return tree(loaded.state_dict, loaded.layer_kinds, opened=opened)
-
-
-def request_inputs(request: Request, loaded: Loaded) -> Inputs | None:
-    """The inputs that the options of a run name, or that are inferred; None if none are known."""
-    if request.input and request.calib:
-        raise UsageError("give --input or --calib, not both")
-    if loaded.model is None:
-        if request.input or request.calib:
-            raise UsageError(
-                "a bare state dict cannot be run on inputs",
-                where=request.path,
-                fix="--model package.module:factory names the architecture",
-            )
-        return None
-    if request.input:
-        return parse_input_spec(request.input, seed=request.seed)
-    if request.calib:
-        return gathered(request.calib, loaded.model, request.image)
-    if loaded.example_inputs is not None:
-        return loaded.example_inputs
-    return infer(loaded.model, seed=request.seed)

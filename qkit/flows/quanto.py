@@ -33,9 +33,10 @@ from qkit.flows.evaluate import (
     tensor_bytes,
 )
 from qkit.flows.ptq import Plan, Progress, no_progress, plan_layers
-from qkit.flows.quantize import AUTO, Request, default_output, request_inputs
+from qkit.flows.quantize import AUTO, Request, default_output
 from qkit.flows.rows import left_row, quantized_row
 from qkit.flows.save import check_budgets, complete, head
+from qkit.flows.source import request_inputs
 from qkit.flows.verify import verify_runtime
 from qkit.models import Inputs, Loaded, run
 from qkit.models import load as load_model

@@ -5,7 +5,7 @@ another order; a sum that lies between two codes may fall to the other side, and
 spreads. ONNX Runtime's LSTM even takes ranges for the part of the batch that a thread has. What
 quantization itself changed is the natural measure, because two roundings of the same values that
 know nothing of each other differ by twice the noise of one: more than that (:data:`MAX_DRIFT`) is
-another program, unless it is the rounding of floats (:data:`~qkit.flows.verify.BOUNDS`).
+another program, unless it is the rounding of floats (:data:`~qkit.report.metrics.BOUNDS`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from qkit.errors import UnsafeCodeError, VerificationError
 from qkit.flows.check import expected, inputs_of
-from qkit.flows.verify import BOUNDS, fresh_process
+from qkit.flows.verify import fresh_process
 from qkit.report import compare, measure
+from qkit.report.metrics import BOUNDS
 from qkit.targets import TARGETS
 from qkit.targets.artifact import CHECK, Artifact
 from qkit.targets.backend import Backend, backend

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from qkit.errors import BudgetError, CoverageError, UsageError
 from qkit.flows.check import layer_outputs, model_check
 from qkit.flows.evaluate import (
     AnyInputs,
+    Sized,
     as_inputs,
     eval_mode,
     fill_cost,
@@ -20,6 +21,7 @@ from qkit.flows.evaluate import (
 from qkit.flows.verify import verify
 from qkit.models import Source
 from qkit.nn import QLayer
+from qkit.pruning.surgery import edits_of
 from qkit.report import Report, versions
 from qkit.targets.artifact import (
     CHECK,
@@ -40,7 +42,7 @@ def save(
     qmodel: nn.Module,
     path: str | Path,
     *,
-    report: Report | None = None,
+    report: Outcome | None = None,
     inputs: AnyInputs | None = None,
     source: Source | None = None,
     builder: dict[str, Any] | None = None,
@@ -48,22 +50,26 @@ def save(
     overwrite: bool = False,
     start: float | None = None,
 ) -> Artifact:
-    """Write the quantized ``qmodel`` as an artifact; it appears only once it is verified.
+    """Write the quantized or pruned ``qmodel`` as an artifact; it appears only once it is verified.
 
-    ``report`` (of ``quantize``) is completed with sizes and the verification and stored too.
-    With ``inputs``, the outputs of the whole model are checked and a ``torch.export`` program is
-    written; without, or where there can be no program and nothing else rebuilds the model, each
-    quantized layer by itself. ``source`` and ``builder`` say where the
-    model came from and how its architecture is rebuilt (:mod:`qkit.models`). The report's seconds
-    count from ``start`` (of ``time.perf_counter``) if it is given.
+    ``report`` (of ``quantize`` or ``prune``) is completed with sizes and the verification and
+    stored too. With ``inputs``, the outputs of the whole model are checked and a ``torch.export``
+    program is written; without, or where there can be no program and nothing else rebuilds the
+    model, each quantized layer by itself. ``source`` and ``builder`` say where the model came from
+    and how its architecture is rebuilt (:mod:`qkit.models`). The report's seconds count from
+    ``start`` (of ``time.perf_counter``) if it is given.
 
     Raises :class:`~qkit.errors.UsageError` if ``path`` exists,
     :class:`~qkit.errors.OutputError` if it cannot be written and
     :class:`~qkit.errors.VerificationError` if the fresh process disagrees; then there is no
     artifact at ``path``.
     """
-    if report is None and not any(isinstance(m, QLayer) for m in qmodel.modules()):
-        raise UsageError("the model has no quantized layers", fix="qkit.quantize(model, scheme)")
+    quantized = any(isinstance(module, QLayer) for module in qmodel.modules())
+    if report is None and not quantized and not edits_of(qmodel):
+        raise UsageError(
+            "the model has no quantized layers, and was not pruned",
+            fix="qkit.quantize(model, scheme), or qkit.prune(model, inputs)",
+        )
     out = Path(path)
     with staged(out, overwrite=overwrite) as folder, eval_mode(qmodel):
         meta = head(report, source, builder) | write_weights(qmodel, folder)
@@ -93,8 +99,22 @@ def save(
     return read_artifact(out)
 
 
+class Outcome(Sized, Protocol):
+    """A report that is stored with its artifact."""
+
+    scheme: str
+    recipe: dict[str, Any]
+    source: dict[str, Any]
+    artifact: str | None
+    verification: dict[str, Any]
+    remarks: list[str]
+
+    def dumps(self) -> str:
+        """The report as JSON text."""
+
+
 def head(
-    report: Report | None,
+    report: Outcome | None,
     source: Source | None,
     builder: dict[str, Any] | None,
     *,
@@ -111,7 +131,7 @@ def head(
     }
 
 
-def write_report(report: Report, folder: Path) -> None:
+def write_report(report: Outcome, folder: Path) -> None:
     """Write the report, which counts its own bytes too."""
     others = sum(path.stat().st_size for path in folder.iterdir())
     text = ""
@@ -121,7 +141,7 @@ def write_report(report: Report, folder: Path) -> None:
     (folder / REPORT).write_text(text, encoding="utf-8")
 
 
-def fill_files(report: Report, source: Source | None, artifact: int, out: Path) -> None:
+def fill_files(report: Outcome, source: Source | None, artifact: int, out: Path) -> None:
     """Where the artifact ``out`` is and of how many bytes, what it was made from, and their ratio.
 
     Of a source that is a folder, the configuration does not count.
@@ -136,7 +156,7 @@ def fill_files(report: Report, source: Source | None, artifact: int, out: Path) 
 
 
 def complete(
-    report: Report,
+    report: Outcome,
     result: dict[str, Any],
     folder: Path,
     source: Source | None,

@@ -2,8 +2,7 @@
 
 Bit-identical is the rule in the same environment, and is reported. What decides is a bound on the
 error relative to the largest reference value, because another processor or thread count may sum
-in another order: :data:`BOUNDS`, 2^10 units in the last place of the activations' type for fp32
-(long sums through many layers) and 2^3 for the 16-bit types (which are summed in fp32).
+in another order: :data:`qkit.report.metrics.BOUNDS`.
 """
 
 from __future__ import annotations
@@ -23,16 +22,10 @@ from qkit.errors import InputError, QkitError, RequestError, UsageError, Verific
 from qkit.flows.check import expected
 from qkit.packing.container import is_container
 from qkit.report import compare, package_version
+from qkit.report.metrics import BOUNDS as BOUNDS
 from qkit.targets import COMPRESSED, LOWERED, QUANTO
 from qkit.targets.artifact import PROGRAM, Artifact, check_files, read_artifact
 from qkit.targets.weights import read_tensors
-
-BOUNDS = {
-    torch.float64: 2.0**-42,
-    torch.float32: 2.0**-13,
-    torch.float16: 2.0**-7,
-    torch.bfloat16: 2.0**-4,
-}
 
 # The files of runtimes that are verified by themselves, and their targets.
 SUFFIXES = {".onnx": "onnx", ".pte": "xnnpack", ".pt2": "inductor"}

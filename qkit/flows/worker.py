@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from qkit.errors import InputError, QkitError
 from qkit.flows.check import inputs_of, layer_outputs
 from qkit.flows.runtime import work
-from qkit.models import load as load_model
+from qkit.flows.source import open_source
 from qkit.models import resolve_factory, run
 from qkit.models.checkpoint import Checkpoint, open_folder
 from qkit.models.factory import offline_transformers, spread, ties_of, transformers_class
@@ -143,7 +143,7 @@ def _architecture(job: dict[str, Any]) -> Any:
     if job["model"]:
         return resolve_factory(job["model"])
     if job["source"]:
-        return load_model(job["source"], trust_pickle=job["trust_pickle"]).model
+        return open_source(job["source"], factory=None, trust_pickle=job["trust_pickle"]).model
     return None
 
 

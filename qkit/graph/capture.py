@@ -98,13 +98,15 @@ def capture(
     kwargs: Mapping[str, Tensor],
     *,
     dims: Dims | None = None,
+    fixed: bool = False,
 ) -> Captured:
-    """Capture ``model``, called with ``args`` and ``kwargs``, in eval mode.
+    """Capture ``model``, called with ``args`` and ``kwargs``, in the mode that it is in.
 
     Of every tensor as long as the first one, dimension 0 is the batch, which may be any size from
     1 on. ``dims`` names further dimensions that vary (or another one ``batch``); equal names are
     equal sizes. Where the model allows no other batch than the example's, the program is
-    of that batch, and a note says so; what ``dims`` asks for must succeed.
+    of that batch, and a note says so; what ``dims`` asks for must succeed. With ``fixed`` the sizes
+    are those of the example, all of them.
 
     Raises :class:`~qkit.errors.InputError`, with the line of the user's code, where the model
     cannot be captured or has no values, and :class:`~qkit.errors.UsageError` for names and
@@ -117,7 +119,9 @@ def capture(
     named = _named(model, args, kwargs)
     asked = _check_dims(dims, named)
     wide_args, wide_kwargs = _widen(args, kwargs, named)
-    attempts = [(wide_args, wide_kwargs, _shapes(model, wide_args, wide_kwargs, asked))]
+    attempts = []
+    if not fixed:
+        attempts.append((wide_args, wide_kwargs, _shapes(model, wide_args, wide_kwargs, asked)))
     if not asked:
         attempts.append((args, kwargs, None))
     errors = []
@@ -128,7 +132,7 @@ def capture(
             except Exception as error:  # torch raises many kinds, and so does the model
                 errors.append(error)
                 continue
-            notes = () if shapes is not None else (_fixed(errors[0], args, kwargs),)
+            notes = (_fixed(errors[0], args, kwargs),) if shapes is None and not fixed else ()
             mode = "strict" if strict else "non-strict"
             return Captured(program, given_args, given_kwargs, shapes, mode, notes)
     # Of the attempts that fix the most, the non-strict one knows the line that ran.
@@ -144,7 +148,7 @@ def export(
     strict: bool = False,
 ) -> torch.export.ExportedProgram:
     """``torch.export.export`` without its log; raises whatever it raises."""
-    with quiet(), torch.no_grad():
+    with quiet(), without_cache(model), torch.no_grad():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
 
 
@@ -183,6 +187,23 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """``model`` does not return the keys and values that transformers' decoders keep for later.
+
+    They are objects that torch.export does not know, and no output that qkit looks at.
+    """
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    keeping = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    try:
+        for config in keeping:
+            config.use_cache = False
+        yield
+    finally:
+        for config in keeping:
+            config.use_cache = True
 
 
 def _named(

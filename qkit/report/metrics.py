@@ -11,6 +11,16 @@ from torch import Tensor
 
 from qkit.errors import InputError
 
+# By how much of the largest reference value sums of the same terms in another order may differ:
+# 2^10 units in the last place of the activations' type for fp32 (long sums through many layers),
+# and 2^3 for the 16-bit types (which are summed in fp32).
+BOUNDS = {
+    torch.float64: 2.0**-42,
+    torch.float32: 2.0**-13,
+    torch.float16: 2.0**-7,
+    torch.bfloat16: 2.0**-4,
+}
+
 
 @dataclass(frozen=True)
 class ErrorStats:

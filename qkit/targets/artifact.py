@@ -3,7 +3,8 @@
 ======================  ==========================================================================
 ``model.safetensors``   every tensor once, quantized ones in the layout of ``qkit.packing.store``;
                         or shards of it, with ``model.safetensors.index.json``
-``qkit.json``           format version, per-layer spec, opened modules, ties, recipe, source
+``qkit.json``           format version, per-layer spec, opened modules, what was pruned (the
+                        shapes of tensors and the attributes that changed), ties, recipe, source
                         hashes, versions, how to rebuild the architecture, the hashes of the files
                         below, and last its own (of the text with this last hash left empty)
 ``program.pt2``         a torch.export program without weights (they are taken from
@@ -31,6 +32,7 @@ from torch import Tensor
 from qkit.errors import InputError, RequestError
 from qkit.packing.container import is_container, open_container
 from qkit.packing.store import turn
+from qkit.pruning.surgery import Edits
 from qkit.spec import FP32, Int, PerChannel, PerGroup, PerTensor, PerToken, QSpec
 from qkit.spec.plain import show, take
 from qkit.targets import COMPRESSED, LOWERED
@@ -118,6 +120,12 @@ class Artifact:
         """Modules that were opened (:mod:`qkit.nn.open`), and the classes that they were of."""
         with self._reading("opened"):
             return dict(_items(self.meta.get("opened", {}), str))
+
+    @property
+    def edits(self) -> Edits:
+        """What was cut from the architecture (:mod:`qkit.pruning`)."""
+        with self._reading("pruned"):
+            return Edits.from_json(self.meta["pruned"]) if "pruned" in self.meta else Edits()
 
     @property
     def buffers(self) -> set[str]:

@@ -8,8 +8,6 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 
 import qkit.ops  # noqa: F401  (a program names these operators)
 from qkit.errors import InputError, MissingExtraError, UnsafePickleError
+from qkit.graph.capture import without_cache
 from qkit.models import Inputs, check_program
 from qkit.nn.layer import stored_name
 from qkit.targets.artifact import PROGRAM, Artifact
@@ -38,7 +37,7 @@ def write_program(model: nn.Module, inputs: Inputs, path: Path) -> str | None:
     failure: Exception | None = None
     for shapes in (_dynamic_batch(inputs), None):
         try:
-            with warnings.catch_warnings(), _without_cache(model):
+            with warnings.catch_warnings(), without_cache(model):
                 warnings.simplefilter("ignore")
                 program = torch.export.export(
                     model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False
@@ -60,23 +59,6 @@ def write_program(model: nn.Module, inputs: Inputs, path: Path) -> str | None:
         path.unlink()
         return f"its graph holds more than qkit loads: {refused.got}"
     return None
-
-
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """``model`` does not return the keys and values that transformers' decoders keep for later.
-
-    They are objects that torch.export does not know, and no output that qkit compares.
-    """
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    keeping = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
-    try:
-        for config in keeping:
-            config.use_cache = False
-        yield
-    finally:
-        for config in keeping:
-            config.use_cache = True
 
 
 def _first_line(error: Exception | None) -> str:

@@ -17,6 +17,7 @@ from qkit.models import skeleton
 from qkit.models.folder import read_config
 from qkit.nn import QUANTIZED, QLayer, keep_floats, open_modules, opening, swap
 from qkit.nn.names import closed_name
+from qkit.pruning.surgery import Edits, reshape
 from qkit.spec import Scheme
 from qkit.targets.artifact import (
     ARCHITECTURE,
@@ -144,6 +145,8 @@ def _fill(model: nn.Module, artifact: Artifact, tensors: dict[str, Tensor]) -> n
     """Put the artifact's layers and tensors into the float ``model``."""
     tensors = with_aliases(artifact, tensors)
     model, closed = _open(model, artifact)
+    if edits := artifact.edits:
+        model = _prune(model, edits, artifact)
     floats: dict[int, Tensor] = {}
     replacements: dict[str, nn.Module] = {}
     made: dict[int, QLayer] = {}
@@ -197,6 +200,18 @@ def _open(model: nn.Module, artifact: Artifact) -> tuple[nn.Module, list[str]]:
             closed.append(name)
         # else the weight of a layer was computed when it was quantized, and now is not: as good
     return open_modules(model, names), closed
+
+
+def _prune(model: nn.Module, edits: Edits, artifact: Artifact) -> nn.Module:
+    """``model`` with the shapes of the pruned one; it may be pruned already."""
+    try:
+        return reshape(model, edits)
+    except KeyError as error:
+        raise InputError(
+            f"the model has no {error.args[0]!r} of the kind that was pruned",
+            where=str(artifact.path),
+            fix="load into the architecture that was pruned",
+        ) from error
 
 
 def _closed(tensors: dict[str, Tensor], closed: list[str]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from qkit.numerics import dequantize
 from qkit.packing import from_tensors, tensor_specs
 from qkit.packing.container import open_container
 from qkit.packing.store import join
+from qkit.pruning.surgery import edits_of
 from qkit.targets.artifact import INDEX, WEIGHTS, Artifact, LayerFacts
 from qkit.targets.coded import derived_tensors
 from qkit.targets.compressed_tensors import to_own_layout
@@ -77,7 +78,8 @@ def describe_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any
         if vars(module).get("opened_from")
     }
     facts = {"layers": layers, "opened": opened, "aliases": aliases, "buffers": buffers}
-    return unique, facts
+    edits = edits_of(model)
+    return unique, facts | ({"pruned": edits.to_json()} if edits else {})
 
 
 def save_tensors(

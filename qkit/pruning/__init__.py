@@ -1,0 +1,1 @@
+"""Pruning: structured (groups of channels that go together, cut out for real) and by weight."""
