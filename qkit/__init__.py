@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qkit.flows.prune import prune as prune
     from qkit.flows.quantize import quantize as quantize
     from qkit.flows.save import save as save
+    from qkit.flows.sparsify import sparsify as sparsify
     from qkit.flows.verify import verify as verify
     from qkit.report import Report as Report
     from qkit.spec import Recipe as Recipe
@@ -46,6 +47,7 @@ _HOMES = {
     "quantize": "qkit.flows",
     "save": "qkit.flows",
     "save_coded": "qkit.flows",
+    "sparsify": "qkit.flows.sparsify",
     "verify": "qkit.flows",
 }
 

@@ -1,4 +1,5 @@
-"""Algorithms: ``(weight, spec, stats) -> QTensor``. They see tensors, never modules."""
+"""Algorithms: ``(weight, spec, stats) -> QTensor``, or to a weight with zeros. They see tensors,
+never modules."""
 
 from __future__ import annotations
 

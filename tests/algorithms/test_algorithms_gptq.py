@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qkit.algorithms import Stats, gptq, rtn
-from qkit.algorithms.gptq import BLOCK, DAMP
+from qkit.algorithms.compensate import BLOCK, DAMP
 from qkit.errors import InputError
 from qkit.numerics import choose_qparams, dequantize
 from qkit.spec import PRESETS, QSpec, parse

@@ -1,0 +1,213 @@
+"""``qkit.sparsify``: zeros in place of single weights, chosen by an algorithm, kept by masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkit.algorithms import Stats
+from qkit.algorithms.sparse import Sparsity, kept, sparsegpt, wanda
+from qkit.errors import CoverageError, InputError, UsageError, nearest
+from qkit.flows.calibrate import collect, passes
+from qkit.flows.evaluate import AnyInputs, as_inputs, eval_mode
+from qkit.flows.ptq import check_rules, check_tensors, copied
+from qkit.nn import QUANTIZED
+from qkit.packing.store import turn
+from qkit.pruning.masks import Masks
+from qkit.spec import Recipe, Rule
+
+# Each with the scope that its paper compares weights in.
+METHODS = {
+    "magnitude": "layer",
+    "random": "layer",
+    "snip": "global",
+    "taylor": "global",
+    "wanda": "row",
+    "sparsegpt": "layer",
+}
+_LEARNING = ("wanda", "sparsegpt")
+_GRADIENTS = ("snip", "taylor")
+Losses = Callable[[nn.Module], Tensor | Iterable[Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """A parameter that may become sparse; ``kind`` says how its layer sees it as a matrix."""
+
+    name: str
+    parameter: nn.Parameter
+    module: Any
+
+    @property
+    def kind(self) -> Any:
+        return QUANTIZED.get(type(self.module)) if self.name.endswith("weight") else None
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """``values``, shaped like the parameter, as ``[rows, columns]``."""
+        turned = self.kind.turned(self.module) if self.kind else 0
+        return (turn(values, turned) if turned else values).flatten(1)
+
+    def back(self, matrix: Tensor) -> Tensor:
+        """``matrix`` in the shape of the parameter."""
+        turned = self.kind.turned(self.module) if self.kind else 0
+        if not turned:
+            return matrix.reshape(self.parameter.shape)
+        return turn(matrix.reshape(turn(self.parameter, turned).shape), turned)
+
+
+def sparsify(
+    model: nn.Module,
+    amount: float | str = 0.5,
+    *,
+    method: str = "magnitude",
+    scope: str | None = None,
+    calib: AnyInputs | None = None,
+    loss: Losses | None = None,
+    scores: Mapping[str, Tensor] | None = None,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    in_place: bool = False,
+) -> tuple[nn.Module, Masks]:
+    """Zero the share ``amount`` of the weights of ``model``, or all but N of M (``"2:4"``).
+
+    ``method`` is a key of :data:`METHODS` (:mod:`qkit.algorithms.sparse`): ``wanda`` and
+    ``sparsegpt`` learn from ``calib``, ``snip`` and ``taylor`` from ``loss(model)``, which gives
+    the loss on some data, or one for each batch. ``scores`` by parameter name, such as those of
+    :func:`qkit.pruning.masks.movement`, are taken instead. ``scope`` says what weights compete in:
+    ``row``, ``layer`` or ``global``. ``ignore`` names modules to leave; tables stay whole.
+
+    Returns the model (a copy unless ``in_place``) and its masks, to hold in training.
+
+    Raises :class:`~qkit.errors.UsageError` for wrong options, :class:`~qkit.errors.InputError` for
+    values that are not finite, and :class:`~qkit.errors.CoverageError` if no weight is left.
+    """
+    if method not in METHODS:
+        raise UsageError("unknown method", got=repr(method), wanted=nearest(method, METHODS, 6))
+    if scores is not None:
+        method = "scores"
+    sparsity = Sparsity.parse(amount, scope or METHODS.get(method, "layer"))
+    for need, given, names in (("calib", calib, _LEARNING), ("loss", loss, _GRADIENTS)):
+        if method in names and given is None:
+            raise UsageError(f"the method {method!r} needs {need}=", fix=f"{need}=...")
+    if method == "sparsegpt" and sparsity.scope == "global":
+        raise UsageError("sparsegpt compensates in each layer", got="scope global", fix="layer")
+    check_tensors(model)
+    if not in_place:
+        model = copied(model, [])
+    weights = _weights(model, ignore)
+    weights, masks = _masked(model, weights, method, sparsity, calib, loss, scores, seed)
+    if not weights:
+        raise CoverageError(f"{method} finds no weight that can be zeroed")
+    found = Masks(masks)
+    found.apply(model)
+    return model, found
+
+
+def _weights(model: nn.Module, ignore: Sequence[str]) -> list[_Weight]:
+    recipe = Recipe(tuple(Rule(pattern, None) for pattern in ignore))
+    check_rules(recipe, model)
+    found, seen = [], set()
+    for prefix, module in model.named_modules():
+        left = recipe.rule_for(prefix, type(module).__name__) is not None
+        if left or isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            seen |= {id(p) for p in module._parameters.values()}  # also where it is shared
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() > 1 and id(parameter) not in seen:
+                seen.add(id(parameter))
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                found.append(_Weight(name, parameter, module))
+    return found
+
+
+def _masked(
+    model: nn.Module,
+    weights: list[_Weight],
+    method: str,
+    sparsity: Sparsity,
+    calib: AnyInputs | None,
+    loss: Losses | None,
+    scores: Mapping[str, Tensor] | None,
+    seed: int,
+) -> tuple[list[_Weight], dict[str, Tensor]]:
+    """The weights that the method can judge, and their masks; sparsegpt sets the weights too."""
+    found: dict[str, Tensor] = {}
+    if method in _LEARNING:
+        assert calib is not None
+        weights = [w for w in weights if w.kind is not None and w.kind.has_vectors]
+        owners = {w.name: w.module for w in weights}
+        by_name = {w.name: w for w in weights}
+        for part in passes(owners):
+            for name, stats in collect(
+                model, {n: [owners[n]] for n in part}, as_inputs(calib)
+            ).items():
+                found[name] = _learnt(by_name[name], method, sparsity, stats)
+    elif method in _GRADIENTS:
+        assert loss is not None
+        with eval_mode(model):
+            found = _gradients(weights, model, loss, squared=method == "taylor")
+    elif method == "random":
+        draw = torch.Generator().manual_seed(seed)
+        found = {w.name: torch.rand(w.parameter.shape, generator=draw) for w in weights}
+    elif method == "scores":
+        assert scores is not None
+        weights = [w for w in weights if w.name in scores]
+        found = {w.name: scores[w.name] for w in weights}
+    else:
+        found = {w.name: w.parameter.detach().abs() for w in weights}
+    if method == "sparsegpt":
+        return weights, {name: values != 0 for name, values in found.items()}
+    return weights, _chosen(weights, found, sparsity)
+
+
+def _learnt(weight: _Weight, method: str, sparsity: Sparsity, stats: Stats) -> Tensor:
+    """Scores, or for ``sparsegpt`` the new values, which the weight takes."""
+    if not stats.vectors:
+        raise InputError("the data never reached a layer", where=weight.name, fix="ignore it")
+    matrix = weight.matrix(weight.parameter.detach())
+    if method == "wanda":
+        return weight.back(wanda(matrix, stats))
+    new = weight.back(sparsegpt(matrix, sparsity, stats)).to(weight.parameter.dtype)
+    with torch.no_grad():
+        weight.parameter.copy_(new)
+    return new
+
+
+def _gradients(
+    weights: list[_Weight], model: nn.Module, loss: Losses, *, squared: bool
+) -> dict[str, Tensor]:
+    parameters = [w.parameter for w in weights]
+    totals = [torch.zeros_like(p.detach(), dtype=torch.float32) for p in parameters]
+    wanted = [p.requires_grad for p in parameters]
+    try:
+        for p in parameters:
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            given = loss(model)
+            for each in [given] if isinstance(given, Tensor) else given:
+                grads = torch.autograd.grad(each, parameters, allow_unused=True)
+                for total, p, grad in zip(totals, parameters, grads, strict=True):
+                    if grad is not None:
+                        product = (p.detach() * grad).float()
+                        total += product.square() if squared else product
+    finally:
+        for p, want in zip(parameters, wanted, strict=True):
+            p.requires_grad_(want)
+    return {w.name: total.abs() for w, total in zip(weights, totals, strict=True)}
+
+
+def _chosen(
+    weights: list[_Weight], scores: Mapping[str, Tensor], sparsity: Sparsity
+) -> dict[str, Tensor]:
+    for name, values in scores.items():
+        if not torch.isfinite(values).all():
+            raise InputError("scores that are not finite", where=name)
+    if sparsity.scope != "global":
+        return {w.name: w.back(kept(w.matrix(scores[w.name]), sparsity)) for w in weights}
+    flat = torch.cat([scores[w.name].flatten().float() for w in weights])
+    parts = kept(flat[None], sparsity)[0].split([w.parameter.numel() for w in weights])
+    return {w.name: part.view(w.parameter.shape) for w, part in zip(weights, parts, strict=True)}
