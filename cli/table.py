@@ -194,10 +194,7 @@ def print_pruning(report: PruneReport) -> None:
     sizes = (size(report.before["bytes"]), size(report.after["bytes"]))
     lines["tensors"] = f"{sizes[0]} -> {sizes[1]} ({report.ratio['bytes']:.3f}x)"
     error = report.error
-    lines["outputs"] = (
-        f"cosine {error['cosine']:.6f} to those before, without any training after it "
-        f"(inputs {error['inputs']})"
-    )
+    lines["outputs"] = f"cosine {error['cosine']:.6f} to those before (inputs {error['inputs']})"
     if report.latency_ms:
         lines["latency"] = _latency(report.latency_ms, "before", "after")
     lines["verified"] = _verdict(report.verification)

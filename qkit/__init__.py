@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qkit.flows.compare import compare as compare
     from qkit.flows.compiled import compiled as compiled
     from qkit.flows.inspect import inspect as inspect
+    from qkit.flows.iterate import prune_iteratively as prune_iteratively
     from qkit.flows.prune import prune as prune
     from qkit.flows.quantize import quantize as quantize
     from qkit.flows.save import save as save
@@ -44,6 +45,7 @@ _HOMES = {
     "load": "qkit.targets.torch",
     "parse": "qkit.spec",
     "prune": "qkit.flows.prune",
+    "prune_iteratively": "qkit.flows.iterate",
     "quantize": "qkit.flows",
     "save": "qkit.flows",
     "save_coded": "qkit.flows",

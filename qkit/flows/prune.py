@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qkit.errors import UsageError
 from qkit.flows.evaluate import AnyInputs, as_inputs, eval_mode, few, fill_cost
@@ -90,10 +90,9 @@ def _prune(
         result = prune_channels(model, inputs, wanted, in_place=in_place)
         pruned = result.model.eval()
         report = _report(result, wanted)
-        error = compare(reference, run(pruned, inputs)).to_json()
-        report.error = error | {"inputs": inputs.origin}
+        fill_error(report, reference, pruned, inputs)
         if latency and not in_place:
-            _fill_latency(report, model, pruned, inputs)
+            fill_speed(report, model, pruned, inputs)
     fill_cost(report, start)
     return pruned, report
 
@@ -147,7 +146,15 @@ def recipe_of(wanted: Wanted) -> dict[str, Any]:
     } | asdict(wanted.limits)
 
 
-def _fill_latency(report: PruneReport, model: nn.Module, pruned: nn.Module, inputs: Inputs) -> None:
+def fill_error(
+    report: PruneReport, reference: list[Tensor], pruned: nn.Module, inputs: Inputs
+) -> None:
+    """The error of what ``pruned`` gives against the outputs before."""
+    report.error = compare(reference, run(pruned, inputs)).to_json() | {"inputs": inputs.origin}
+
+
+def fill_speed(report: PruneReport, model: nn.Module, pruned: nn.Module, inputs: Inputs) -> None:
+    """Time both models, interleaved, on ``inputs``."""
     times = measure({"before": lambda: run(model, inputs), "after": lambda: run(pruned, inputs)})
     speedup = times["before"].median / times["after"].median
     report.latency_ms = {name: latency.to_json() for name, latency in times.items()} | {

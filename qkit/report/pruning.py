@@ -28,6 +28,7 @@ class PruneReport:
     ``latency_ms`` before and after {median, p10, p90, repeats}, speedup, threads, runtime
     ``error`` sqnr_db, cosine, max_abs of the outputs against the model before, inputs
     ``size_bytes`` source, artifact (its weights file), ratio, folder (all files)
+    ``history`` of an iterative run: step, removed, metric, good
     ``verification`` as in :class:`qkit.report.Report`
     """
 
@@ -40,6 +41,7 @@ class PruneReport:
     latency_ms: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] = field(default_factory=dict)
     size_bytes: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
     verification: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
