@@ -22,6 +22,7 @@ from qkit.errors import EXIT_INTERRUPTED, QkitError, nearest
 COMMANDS = (
     "quantize",
     "prune",
+    "factorize",
     "inspect",
     "verify",
     "compare",

@@ -118,10 +118,12 @@ def _pairs(lines: dict[str, str]) -> Table:
 def summary(report: Report) -> dict[str, str]:
     """The totals of a report in words, in reading order."""
     cover, bytes_, lines = report.coverage, report.size_bytes, {}
+    done = cover.get("done", "quantized")
     lines["scheme"] = report.scheme_long
     lines["coverage"] = (
         f"{cover['fraction']:.1%} of {cover['parameters']:,} parameters; "
-        f"{cover['layers_quantized']} layers quantized, {cover['layers_left']} left in float"
+        f"{cover['layers_quantized']} layers {done}, {cover['layers_left']} left"
+        + (" in float" if done == "quantized" else "")
     )
     algorithms = Counter(row.algorithm for row in report.layers if row.algorithm)
     if algorithms:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from qkit.flows.coded import save_coded as save_coded
     from qkit.flows.compare import compare as compare
     from qkit.flows.compiled import compiled as compiled
+    from qkit.flows.factorize import factorize as factorize
+    from qkit.flows.factorize import merge_factors as merge_factors
     from qkit.flows.inspect import inspect as inspect
     from qkit.flows.iterate import prune_iteratively as prune_iteratively
     from qkit.flows.prune import prune as prune
@@ -41,8 +43,10 @@ _HOMES = {
     "cluster": "qkit.flows",
     "compare": "qkit.flows",
     "compiled": "qkit.flows.compiled",
+    "factorize": "qkit.flows",
     "inspect": "qkit.flows",
     "load": "qkit.targets.torch",
+    "merge_factors": "qkit.flows",
     "parse": "qkit.spec",
     "prune": "qkit.flows.prune",
     "prune_iteratively": "qkit.flows.iterate",

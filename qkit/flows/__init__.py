@@ -6,6 +6,8 @@ from qkit.flows.cluster import cluster as cluster
 from qkit.flows.coded import save_coded as save_coded
 from qkit.flows.compare import Comparison as Comparison
 from qkit.flows.compare import compare as compare
+from qkit.flows.factorize import factorize as factorize
+from qkit.flows.factorize import merge_factors as merge_factors
 from qkit.flows.inspect import Node as Node
 from qkit.flows.inspect import inspect as inspect
 from qkit.flows.lower import lower as lower

@@ -259,6 +259,8 @@ def _why_slow(report: Report, speedup: float, model: nn.Module) -> str:
             ", because optimum-quanto's layers ran, not qkit's: on a CPU most of them unpack their "
             "weights to float at every call"
         )
+    elif report.coverage.get("done") == "factorized":
+        text += ", because a layer in parts takes more calls; what is won is parameters and work"
     elif report.kernels:
         text += (
             ", although native kernels ran: with so little work in each layer, what they save is "

@@ -98,8 +98,12 @@ def quantize_module(
     return model, [rows.get(plan.entry.name) or left_row(plan.entry, plan.reason) for plan in plans]
 
 
-def plan_layers(model: nn.Module, recipe: Recipe, obstacle: Obstacle = no_obstacle) -> list[Plan]:
+def plan_layers(
+    model: nn.Module, recipe: Recipe, obstacle: Obstacle = no_obstacle, *, done: str = "quantized"
+) -> list[Plan]:
     """What ``recipe`` makes of each module of ``model``, whose values are not looked at.
+
+    ``done`` is what a planned layer will be, for messages.
 
     Raises :class:`~qkit.errors.UsageError` if a rule matches no module,
     :class:`~qkit.errors.CoverageError` if nothing can be quantized.
@@ -108,7 +112,7 @@ def plan_layers(model: nn.Module, recipe: Recipe, obstacle: Obstacle = no_obstac
     check_rules(recipe, model, entries)
     plans = _agree([_plan(entry, recipe, obstacle) for entry in entries])
     if all(plan.rule is None for plan in plans):
-        raise _nothing(plans)
+        raise _nothing(plans, done)
     return _closed(model, plans)
 
 
@@ -251,10 +255,10 @@ def _agree(plans: list[Plan]) -> list[Plan]:
     return [settle(plan) for plan in plans]
 
 
-def _nothing(plans: list[Plan]) -> CoverageError:
+def _nothing(plans: list[Plan], done: str) -> CoverageError:
     reasons = sorted({f"{p.entry.kind}: {p.reason}" for p in plans})
     return CoverageError(
-        "nothing was quantized: no layer of the model matched",
+        f"nothing was {done}: no layer of the model matched",
         got="; ".join(reasons[:6]) or "a model without parameters",
         wanted=f"at least one of {', '.join(kind.__name__ for kind in QUANTIZED)}",
         fix="qkit inspect shows the model's layers",

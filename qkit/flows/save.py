@@ -21,6 +21,7 @@ from qkit.flows.evaluate import (
 from qkit.flows.verify import verify
 from qkit.models import Source
 from qkit.nn import QLayer
+from qkit.nn.factorized import Factorized
 from qkit.pruning.surgery import edits_of
 from qkit.report import Report, versions
 from qkit.targets.artifact import (
@@ -64,10 +65,10 @@ def save(
     :class:`~qkit.errors.VerificationError` if the fresh process disagrees; then there is no
     artifact at ``path``.
     """
-    quantized = any(isinstance(module, QLayer) for module in qmodel.modules())
+    quantized = any(isinstance(m, QLayer | Factorized) for m in qmodel.modules())
     if report is None and not quantized and not edits_of(qmodel):
         raise UsageError(
-            "the model has no quantized layers, and was not pruned",
+            "the model has no quantized layers, and was neither pruned nor factorized",
             fix="qkit.quantize(model, scheme), or qkit.prune(model, inputs)",
         )
     out = Path(path)

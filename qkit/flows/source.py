@@ -19,11 +19,13 @@ from qkit.targets.torch import load as load_artifact
 
 
 def pruned_artifact(path: str | Path) -> Artifact | None:
-    """The artifact at ``path``, if its weights are floats as those of a model are: a pruned one."""
+    """The artifact at ``path``, if its weights are floats as those of a model are: a pruned or
+    factorized one."""
     if not (Path(path) / META).is_file():
         return None
     artifact = read_artifact(path)
-    return artifact if artifact.edits and not artifact.layers else None
+    changed = artifact.edits or artifact.factorized
+    return artifact if changed and not artifact.layers else None
 
 
 def open_source(path: str | Path, *, factory: str | None, trust_pickle: bool = False) -> Loaded:

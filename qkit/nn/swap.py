@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from qkit.nn.factorized import Factorized
 from qkit.nn.layer import QLayer
 from qkit.nn.opened import Opened
 
@@ -45,13 +46,13 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def _call_sublayers(module: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
-    """Keep torch's fused inference path from reading the quantized weights as floats.
+    """Keep torch's fused inference path from reading the weights of layers that were replaced.
 
     In a layer, ``activation_relu_or_gelu`` only tells whether the fused path knows the activation;
     0 sends ``forward`` through the sublayers. The encoder around it turns padded input into a
     nested tensor, which only the fused path takes.
     """
-    if not any(isinstance(child, QLayer | Opened) for child in module.modules()):
+    if not any(isinstance(child, QLayer | Opened | Factorized) for child in module.modules()):
         return
     if isinstance(module, nn.TransformerEncoder):
         module.use_nested_tensor = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,14 @@ class Edits:
                 }
                 for name, own in attributes.items()
             },
+        )
+
+    def without(self, modules: Iterable[str]) -> Edits:
+        """These edits but for what lies in ``modules``, which others have replaced."""
+        gone = tuple(f"{name}." for name in modules)
+        return Edits(
+            {name: shape for name, shape in self.shapes.items() if not name.startswith(gone)},
+            {n: own for n, own in self.attributes.items() if not f"{n}.".startswith(gone)},
         )
 
     def then(self, later: Edits) -> Edits:

@@ -37,7 +37,8 @@ class LayerRow:
 class Report:
     """The figures of one run. ``to_json`` has exactly the keys of the fields below.
 
-    ``coverage`` parameters, quantized_parameters, fraction, layers_quantized, layers_left
+    ``coverage`` parameters, quantized_parameters, fraction, layers_quantized, layers_left; ``done``
+    where it is something else than "quantized"
     ``size_bytes`` source, artifact (its weights file), ratio, folder (all files)
     ``error`` sqnr_db, cosine, max_abs against the float model, level (model or weights), inputs
     ``latency_ms`` float and quantized {median, p10, p90, repeats}, speedup, threads

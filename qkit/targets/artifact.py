@@ -3,10 +3,11 @@
 ======================  ==========================================================================
 ``model.safetensors``   every tensor once, quantized ones in the layout of ``qkit.packing.store``;
                         or shards of it, with ``model.safetensors.index.json``
-``qkit.json``           format version, per-layer spec, opened modules, what was pruned (the
-                        shapes of tensors and the attributes that changed), ties, recipe, source
-                        hashes, versions, how to rebuild the architecture, the hashes of the files
-                        below, and last its own (of the text with this last hash left empty)
+``qkit.json``           format version, per-layer spec, opened and factorized modules, what was
+                        pruned (the shapes of tensors and the attributes that changed), ties,
+                        recipe, source hashes, versions, how to rebuild the architecture, the
+                        hashes of the files below, and last its own (of the text with this last
+                        hash left empty)
 ``program.pt2``         a torch.export program without weights (they are taken from
                         ``model.safetensors``): runs without the model's Python class
 ``check.safetensors``   inputs and the outputs that a loaded artifact must reproduce
@@ -30,11 +31,12 @@ from typing import Any
 from torch import Tensor
 
 from qkit.errors import InputError, RequestError
+from qkit.nn.factorized import KINDS
 from qkit.packing.container import is_container, open_container
 from qkit.packing.store import turn
 from qkit.pruning.surgery import Edits
 from qkit.spec import FP32, Int, PerChannel, PerGroup, PerTensor, PerToken, QSpec
-from qkit.spec.plain import show, take
+from qkit.spec.plain import choose, show, take
 from qkit.targets import COMPRESSED, LOWERED
 from qkit.targets.journal import JOURNAL
 
@@ -126,6 +128,13 @@ class Artifact:
         """What was cut from the architecture (:mod:`qkit.pruning`)."""
         with self._reading("pruned"):
             return Edits.from_json(self.meta["pruned"]) if "pruned" in self.meta else Edits()
+
+    @property
+    def factorized(self) -> dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]:
+        """Factorized layers (:mod:`qkit.nn.factorized`): kind, ranks, inputs and outputs."""
+        with self._reading("factorized"):
+            found = _items(self.meta.get("factorized", {}), dict)
+            return {name: _factors(facts) for name, facts in found}
 
     @property
     def buffers(self) -> set[str]:
@@ -235,6 +244,16 @@ def _layer(data: dict[str, Any]) -> LayerFacts:
     if given is not None and not is_input(given):
         raise InputError("no layer has such an input", got=given.describe())
     return LayerFacts(kind, tuple(shape), dtype, weight, given, *turned)
+
+
+def _factors(data: dict[str, Any]) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    kind, ranks, sizes = take(data, "factorized layer", {"kind": str, "ranks": list, "sizes": list})
+    numbers = [*ranks, *sizes]
+    if any(type(n) is not int or not 0 < n <= MAX_WEIGHT for n in numbers) or len(sizes) != 2:
+        raise InputError("not the ranks and sizes of factors", got=show(numbers))
+    if len(ranks) != choose(kind, "kind of factors", KINDS):
+        raise InputError("not the ranks of such factors", got=show(ranks), wanted=KINDS[kind])
+    return kind, tuple(ranks), (sizes[0], sizes[1])
 
 
 def is_input(spec: QSpec) -> bool:

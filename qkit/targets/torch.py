@@ -16,6 +16,7 @@ from qkit.errors import InputError, QkitError, UsageError
 from qkit.models import skeleton
 from qkit.models.folder import read_config
 from qkit.nn import QUANTIZED, QLayer, keep_floats, open_modules, opening, swap
+from qkit.nn.factorized import Factorized, empty_factors, obstacle
 from qkit.nn.names import closed_name
 from qkit.pruning.surgery import Edits, reshape
 from qkit.spec import Scheme
@@ -145,6 +146,7 @@ def _fill(model: nn.Module, artifact: Artifact, tensors: dict[str, Tensor]) -> n
     """Put the artifact's layers and tensors into the float ``model``."""
     tensors = with_aliases(artifact, tensors)
     model, closed = _open(model, artifact)
+    model = _factorize(model, artifact)
     if edits := artifact.edits:
         model = _prune(model, edits, artifact)
     floats: dict[int, Tensor] = {}
@@ -212,6 +214,19 @@ def _prune(model: nn.Module, edits: Edits, artifact: Artifact) -> nn.Module:
             where=str(artifact.path),
             fix="load into the architecture that was pruned",
         ) from error
+
+
+def _factorize(model: nn.Module, artifact: Artifact) -> nn.Module:
+    """``model`` with factors where the artifact has some; it may have them already."""
+    made: dict[str, nn.Module] = {}
+    for name, (kind, ranks, sizes) in artifact.factorized.items():
+        layer = _module(model, name, artifact)
+        if isinstance(layer, Factorized):
+            continue
+        if lacks := obstacle(layer, kind):
+            raise _another(name, f"{type(layer).__name__}: {lacks}", f"what has {kind} factors")
+        made[name] = empty_factors(layer, kind, ranks, sizes)
+    return swap(model, made)
 
 
 def _closed(tensors: dict[str, Tensor], closed: list[str]) -> dict[str, Tensor]:

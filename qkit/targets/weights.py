@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qkit.errors import InputError
 from qkit.models.folder import read_tensors as read_folder
 from qkit.nn import QLayer
+from qkit.nn.factorized import Factorized
 from qkit.nn.layer import stored_name
 from qkit.numerics import dequantize
 from qkit.packing import from_tensors, tensor_specs
@@ -77,8 +78,14 @@ def describe_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any
         for name, module in model.named_modules(remove_duplicate=False)
         if vars(module).get("opened_from")
     }
+    factorized = {
+        name: {"kind": module.kind, "ranks": list(module.ranks), "sizes": list(module.sizes)}
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Factorized)
+    }
     facts = {"layers": layers, "opened": opened, "aliases": aliases, "buffers": buffers}
     edits = edits_of(model)
+    facts |= {"factorized": factorized} if factorized else {}
     return unique, facts | ({"pruned": edits.to_json()} if edits else {})
 
 
