@@ -131,6 +131,13 @@ if TYPE_CHECKING:
     help="Least share of parameters quantized, else exit 5.",
 )
 @click.option("--min-sqnr", type=float, metavar="DB", help="Least output SQNR, else exit 6.")
+@click.option(
+    "--goal-sqnr",
+    type=float,
+    metavar="DB",
+    help="With int8 for a runtime: leave the layers that cost most in float, at most a quarter, "
+    "until the output has this SQNR, else exit 6.",
+)
 @click.option("--dry-run", is_flag=True, help="Quantize and compare, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact at the output.")
 @threads_option
@@ -186,7 +193,7 @@ def command(
         raise UsageError("--stream and --backend are for --target torch")
     others = {"--dialect": request.dialect, "--dynamic": request.dynamic}
     others |= {"--accuracy-level": request.accuracy_level, "--bound": request.bound}
-    others |= {"--calib-report": request.calib_report}
+    others |= {"--calib-report": request.calib_report, "--goal-sqnr": request.goal_sqnr}
     if not lowered and any(others.values()):
         wrong = ", ".join(name for name, value in others.items() if value)
         raise UsageError("an option of another target", got=wrong, fix="see: qkit targets")

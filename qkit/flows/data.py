@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.errors import InputError, UsageError
+from qkit.errors import InputError, QkitError, UsageError, first_line
 from qkit.flows.evaluate import AnyInputs, as_inputs
 from qkit.models import (
     ImageOptions,
@@ -106,17 +106,29 @@ def in_memory(given: AnyInputs) -> Data:
 
 
 def from_iterable(make: Callable[[], Iterable[Any]], origin: str) -> Data:
-    """What ``make()`` yields: tensors, tuples or mappings of tensors, each one batch."""
+    """What ``make()`` yields: tensors, tuples or mappings of tensors, each one batch.
+
+    What it raises is an :class:`~qkit.errors.InputError`, as the data are the user's.
+    """
 
     def stream() -> Iterator[Inputs]:
-        for given in make():
-            if not isinstance(given, Inputs | Tensor | tuple | list | dict):
-                raise InputError(
-                    "a batch is a tensor, or a tuple or dict of tensors",
-                    where=origin,
-                    got=type(given).__name__,
-                )
-            yield replace(as_inputs(given), origin=origin)
+        try:
+            for given in make():
+                if not isinstance(given, Inputs | Tensor | tuple | list | dict):
+                    raise InputError(
+                        "a batch is a tensor, or a tuple or dict of tensors",
+                        where=origin,
+                        got=type(given).__name__,
+                    )
+                yield replace(as_inputs(given), origin=origin)
+        except QkitError:
+            raise
+        except Exception as error:  # the user's own code
+            raise InputError(
+                f"the function of batches fails: {type(error).__name__}: {first_line(error)}",
+                where=origin,
+                wanted="an iterable of batches",
+            ) from error
 
     return Data(origin, lambda: _checked(stream()))
 

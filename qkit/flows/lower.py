@@ -32,9 +32,10 @@ from qkit.flows.evaluate import (
     new_report,
     tensor_bytes,
 )
-from qkit.flows.pt2e import convert, resolve
+from qkit.flows.goal import reach
+from qkit.flows.pt2e import convert
 from qkit.flows.ptq import Progress, no_progress, quantize_module
-from qkit.flows.quantize import AUTO
+from qkit.flows.quantize import AUTO, check_algorithms, resolve_algorithm
 from qkit.flows.rows import left_row, quantized_row
 from qkit.flows.runtime import FLOAT, judge, run_fresh
 from qkit.flows.save import check_budgets, fill_files, head, write_report
@@ -45,7 +46,7 @@ from qkit.models import Inputs, Source, run
 from qkit.nn import Entry, survey
 from qkit.numerics import choose_qparams, fake_quantize
 from qkit.report import LayerRow, Report, measure, tensor_sqnr_db
-from qkit.spec import Recipe, Scheme
+from qkit.spec import Recipe, Scheme, parse
 from qkit.targets import LOWERED, check
 from qkit.targets.artifact import CHECK, read_artifact, write_meta
 from qkit.targets.backend import Audit, Backend, Converted, backend
@@ -72,6 +73,7 @@ def lower(
     min_coverage: float = 0.0,
     min_sqnr: float | None = None,
     calib_report: bool = False,
+    goal_sqnr: float | None = None,
     progress: Progress = no_progress,
     told: Callable[[str], None] = lambda text: None,
 ) -> Report:
@@ -81,7 +83,9 @@ def lower(
     (``w4a16-g32``, by ``algorithm`` as in :func:`qkit.quantize`). ``calib`` are real inputs, in
     batches; a dynamic scheme takes no more of them than the comparison does. ``dims`` names dynamic
     dimensions besides the batch (:func:`qkit.graph.capture`), ``options`` are the target's.
-    With ``calib_report`` the report has a row for each activation with a learnt range.
+    With ``calib_report`` the report has a row for each activation with a learnt range. With
+    ``goal_sqnr`` the layers that cost most stay in float, as many as the output needs for that SQNR
+    (:func:`qkit.flows.goal.reach`).
 
     The artifact appears once the target's runtime has loaded it in a fresh process and reproduced
     the converted program. Raises what :func:`qkit.flows.pt2e.convert` raises, before the data are
@@ -90,7 +94,10 @@ def lower(
     :class:`~qkit.errors.CoverageError` if it runs no integer kernel.
     """
     start = time.perf_counter()
-    recipe, options = resolve(scheme, ignore), dict(options or {})
+    if not isinstance(scheme, Recipe):
+        scheme = requested(scheme, ignore, algorithm, calibrated=True)
+    recipe, options = scheme, dict(options or {})
+    notes: list[str] = []
     runtime = backend(known_target(target))
     main = check_request(recipe, runtime, options)
     out = None if path is None else Path(path)
@@ -100,13 +107,17 @@ def lower(
     data = calib if isinstance(calib, Data) else in_memory(calib)
     dialect = runtime.dialect(options)
     if main.weight_only:
-        converted, rows = _weight_only(
-            model, recipe, data, runtime, algorithm, dims, options, progress
-        )
+        if goal_sqnr is not None:
+            raise UsageError("--goal-sqnr is for int8-static and int8-dynamic", got=main.name)
+        converted, rows = _weight_only(model, recipe, data, runtime, dims, options, progress)
         long = main.long_form()
     else:
-        if algorithm not in (AUTO, "rtn"):
-            raise UsageError("int8 weights are rounded to nearest", got=f"--algorithm {algorithm}")
+        if other := {rule.algorithm for rule in recipe.rules if rule.scheme} - {"rtn"}:
+            raise UsageError("int8 weights are rounded to nearest", got=", ".join(sorted(other)))
+        if goal_sqnr is not None:
+            recipe, notes = reach(
+                model, recipe, data, goal_sqnr, dialect=dialect, observer=observer, dims=dims
+            )
         converted = convert(
             model,
             recipe,
@@ -123,7 +134,7 @@ def lower(
     inputs = _compared(converted, data)
     report = new_report(main, target, recipe, rows)
     report.scheme_long = long
-    report.remarks += converted.captured.notes
+    report.remarks += [*notes, *converted.captured.notes]
     if any(site.static for site in converted.sites):
         report.remarks += suspicions(model, inputs, converted.samples)
         report.calibration = {"samples": converted.samples, "origin": data.origin}
@@ -131,7 +142,8 @@ def lower(
             report.calibration["activations"] = [asdict(row) for row in converted.activations]
     fill_outputs(report, model, converted.module, inputs)
     report.kernels = {}
-    check_budgets(report, min_coverage=min_coverage, min_sqnr=min_sqnr)
+    least = max((limit for limit in (min_sqnr, goal_sqnr) if limit is not None), default=None)
+    check_budgets(report, min_coverage=min_coverage, min_sqnr=least)
     before, after = (tensor_bytes(m.state_dict()) for m in (model, converted.module))
     fill_size(report, before, after)
     if out is not None:
@@ -139,6 +151,17 @@ def lower(
         _save(model, converted, runtime, inputs, out, report, source, overwrite, start)
     fill_cost(report, start)
     return report
+
+
+def requested(
+    scheme: str | Scheme, ignore: Sequence[str], algorithm: str, *, calibrated: bool
+) -> Recipe:
+    """The recipe of a request, as :func:`qkit.quantize` has it; refused if there is none."""
+    main = parse(scheme) if isinstance(scheme, str) else scheme
+    algorithm = resolve_algorithm(main, algorithm, calibrated=calibrated)
+    recipe = Recipe.simple(main, ignore, algorithm=algorithm)
+    check_algorithms(recipe, calibrated=calibrated)
+    return recipe
 
 
 def check_request(recipe: Recipe, runtime: Backend, options: Mapping[str, Any]) -> Scheme:
@@ -180,14 +203,11 @@ def _weight_only(
     recipe: Recipe,
     data: Data,
     runtime: Backend,
-    algorithm: str,
     dims: Dims | None,
     options: dict[str, Any],
     progress: Progress,
 ) -> tuple[Converted, list[LayerRow]]:
     """qkit's own layers, as :func:`qkit.quantize` makes them, in the target's form."""
-    if algorithm not in (AUTO, *(rule.algorithm for rule in recipe.rules)):
-        recipe = Recipe(tuple(replace(rule, algorithm=algorithm) for rule in recipe.rules))
 
     def obstacle(entry: Entry, scheme: Scheme) -> str | None:
         if type(entry.module) is not nn.Linear:

@@ -9,8 +9,7 @@ from typing import Any
 
 from qkit.errors import UsageError
 from qkit.flows.data import Data, open_data
-from qkit.flows.lower import check_request, known_target, lower
-from qkit.flows.pt2e import resolve
+from qkit.flows.lower import check_request, known_target, lower, requested
 from qkit.flows.ptq import Progress, no_progress
 from qkit.flows.quantize import Request, default_output
 from qkit.flows.source import open_source, request_inputs
@@ -28,7 +27,10 @@ def lower_file(
     told: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """:func:`lower` of the model in a file; raises what :func:`qkit.models.load` raises too."""
-    recipe, options = resolve(request.scheme, request.ignore), _options(request)
+    recipe = requested(
+        request.scheme, request.ignore, request.algorithm, calibrated=bool(request.calib)
+    )
+    options = _options(request)
     runtime = backend(known_target(request.target))
     main = check_request(recipe, runtime, options)
     out = Path(request.output or f"{default_output(request.path, main.name)}-{request.target}")
@@ -53,7 +55,6 @@ def lower_file(
         target=request.target,
         calib=_data(request, loaded),
         observer=request.observer,
-        algorithm=request.algorithm,
         dims=parse_dims(request.dynamic),
         options=options,
         source=loaded.source,
@@ -61,6 +62,7 @@ def lower_file(
         min_coverage=request.min_coverage,
         min_sqnr=request.min_sqnr,
         calib_report=request.calib_report,
+        goal_sqnr=request.goal_sqnr,
         progress=progress,
         told=told,
     )

@@ -94,8 +94,11 @@ def _level(sqnr_db: float | None) -> float:
     return math.inf if sqnr_db is None else sqnr_db
 
 
-def per_layer(model: Model, origin: str, *, gain: float = GAIN_DB) -> PerLayer:
-    """What each layer of ``model`` costs, and which to leave for ``gain`` decibels."""
+def per_layer(
+    model: Model, origin: str, *, gain: float = GAIN_DB, goal: float | None = None
+) -> PerLayer:
+    """What each layer of ``model`` costs, and which to leave to win ``gain`` decibels, or to have
+    ``goal`` decibels."""
     names = list(model.layers)
     reference, exact = model.run(())
 
@@ -114,18 +117,21 @@ def per_layer(model: Model, origin: str, *, gain: float = GAIN_DB) -> PerLayer:
         for name, kind in model.layers.items()
     ]
     rows.sort(key=lambda row: _level(row.isolated_db))
-    skip, skip_db = _to_skip(rows, output.sqnr_db, gain, error)
+    goal = _level(output.sqnr_db) + gain if goal is None else goal
+    skip, skip_db = _to_skip(rows, output.sqnr_db, goal, error)
     return PerLayer(rows, output, skip, skip_db, origin)
 
 
 def _to_skip(
     rows: list[LayerCost],
     total: float | None,
-    gain: float,
+    goal: float,
     error: Callable[[Collection[str]], float | None],
 ) -> tuple[list[str], float | None]:
-    """The shortest list of the worst layers that gains ``gain``, or the best that gains one dB."""
+    """The shortest list of the worst layers that reaches ``goal``, or the best with whole dBs."""
     best: tuple[list[str], float | None] = ([], total)
+    if _level(total) >= goal:
+        return best
     names = [row.name for row in rows]
     for count in _counts(int(len(names) * MAX_SHARE)):
         skip = names[:count]
@@ -133,7 +139,7 @@ def _to_skip(
         won = _level(found) - _level(best[1])
         if won >= 1.0:
             best = skip, found
-        if _level(found) - _level(total) >= gain:
+        if _level(found) >= goal:
             return skip, found
     return best
 

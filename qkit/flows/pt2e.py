@@ -19,6 +19,7 @@ from qkit.flows.evaluate import AnyInputs, eval_mode
 from qkit.flows.ptq import Progress, check_rules, check_tensors, no_progress
 from qkit.graph import DIALECTS, Captured, Dialect, Site, capture, find_sites, quiet
 from qkit.graph.capture import Dims
+from qkit.graph.norms import spell_out
 from qkit.models import Inputs, leading, run
 from qkit.numerics import OBSERVERS
 from qkit.spec import Recipe, Scheme, parse
@@ -114,7 +115,7 @@ def prepare(
         captured = capture(model, example.args, example.kwargs, dims=dims)
     if captured.shapes is None:
         data = data.rebatched(leading(example))
-    module = captured.module()
+    module = spell_out(captured.module())
     sites = find_sites(module, recipe, dialect)
     if quantizer is None and all(site.scheme is None for site in sites):
         raise _nothing(sites)

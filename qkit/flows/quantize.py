@@ -60,11 +60,9 @@ def resolve_recipe(
         main, recipe = schemes[-1], scheme
     else:
         main = parse(scheme, group_size) if isinstance(scheme, str) else scheme
-        if algorithm == AUTO:
-            # Eight bits are near the float model by rounding; below, data makes the difference.
-            algorithm = "gptq" if calibrated and _few_bits(main) else "rtn"
+        algorithm = resolve_algorithm(main, algorithm, calibrated=calibrated)
         schemes, recipe = [main], Recipe.simple(main, ignore, algorithm=algorithm)
-    _check_algorithms(recipe, calibrated=calibrated)
+    check_algorithms(recipe, calibrated=calibrated)
     for each in schemes:
         check_target(target, each)
     if any(each.casts_model for each in schemes) and len(recipe.rules) > 1:
@@ -76,11 +74,16 @@ def resolve_recipe(
     return main, recipe
 
 
-def _few_bits(scheme: Scheme) -> bool:
-    return scheme.weight.format.bits < 8
+def resolve_algorithm(scheme: Scheme, algorithm: str, *, calibrated: bool) -> str:
+    """What ``auto`` stands for: 8 bits are near the float model by rounding; below, data makes the
+    difference."""
+    if algorithm != AUTO:
+        return algorithm
+    return "gptq" if calibrated and scheme.weight.format.bits < 8 else "rtn"
 
 
-def _check_algorithms(recipe: Recipe, *, calibrated: bool) -> None:
+def check_algorithms(recipe: Recipe, *, calibrated: bool) -> None:
+    """Refuse unknown algorithms, and without data those that need some."""
     known = [*DATA_FREE, *CALIBRATED]
     for name in dict.fromkeys(rule.algorithm for rule in recipe.rules if rule.scheme):
         if name not in known:
@@ -223,6 +226,7 @@ class Request:
     bound: tuple[str, ...] = ()
     image: tuple[str, ...] = ()
     calib_report: bool = False
+    goal_sqnr: float | None = None
 
 
 def resolve_request(request: Request) -> tuple[Scheme, Recipe]:

@@ -14,7 +14,7 @@ from graph_models import Encoder
 from torch import Tensor, nn
 
 import qkit
-from qkit.errors import RequestError, UsageError
+from qkit.errors import BudgetError, RequestError, UsageError
 from qkit.flows import lower
 from qkit.flows.evaluate import as_inputs
 from qkit.flows.per_layer import GraphModel, ModuleModel, _counts, per_layer
@@ -164,3 +164,21 @@ def test_the_command(mlp, tmp_path, same_process):
     assert "SQNR alone" in told.out
     assert "calibrated with other data" in told.out
     assert command("compare", "net.pt", "out", "--per-layer", "--gain", "0", cwd=tmp_path).code == 2
+
+
+def test_a_goal_leaves_the_worst_layers_in_float(outliers, tmp_path):
+    model, x = outliers
+    plain = lower(model, "int8-static", None, calib=x).error["sqnr_db"]
+    goal = plain + 3
+    report = lower(model, "int8-static", None, calib=x, goal_sqnr=goal)
+    assert report.error["sqnr_db"] >= goal
+    left = [row.name for row in report.layers if row.scheme is None]
+    assert 1 <= len(left) <= 2
+    assert any("stay in float for --goal-sqnr" in remark for remark in report.remarks)
+    with pytest.raises(BudgetError, match="too far"):
+        lower(model, "int8-static", None, calib=x, goal_sqnr=90)
+    with pytest.raises(UsageError, match="int8-static and int8-dynamic"):
+        lower(model, "w4a16-g32", None, calib=x, goal_sqnr=20)
+    # What is there already costs nothing.
+    easy = lower(model, "int8-static", None, calib=x, goal_sqnr=plain - 3)
+    assert easy.coverage["layers_left"] == 0

@@ -86,6 +86,14 @@ def test_wrong_files(folder, mlp, arrays, message):
         open_data("data.npz", mlp)
 
 
+@pytest.mark.parametrize("text", ["return 7", "yield torch.ones(2, 33); raise OSError('gone')"])
+def test_a_function_that_fails(folder, mlp, text):
+    Path("mine.py").write_text(f"import torch\ndef batches():\n    {text}\n")
+    with pytest.raises(InputError, match=r"function of batches fails: (Type|OS)Error") as caught:
+        convert(mlp, "int8-static", open_data("mine.py:batches", mlp))
+    assert "mine.py:batches" in str(caught.value)
+
+
 def test_wrong_sources(folder, mlp):
     with pytest.raises(InputError, match="cannot read"):
         open_data("missing.npz", mlp)

@@ -1,0 +1,203 @@
+"""SQNR of static and dynamic int8 beside ONNX Runtime's own quantization, as JSON lines.
+
+    python benchmarks/accuracy.py [--models MobileNetV2 ...] > benchmarks/results/accuracy.jsonl
+
+Each line is one model under one treatment: the SQNR of the outputs on data that were not used for
+calibration, against the float model. ``onnxruntime static`` is ONNX Runtime's ``quantize_static``
+(min-max, uint8 activations, int8 weights per channel) on the same float model and the same
+calibration data. Weights are random; batch-norm statistics are those of the calibration data,
+because with the initial ones signals fade, and the error with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from families import convolutional
+from families.family import images
+from graph_models import Encoder
+
+from qkit.errors import QkitError
+from qkit.flows.data import in_memory
+from qkit.flows.goal import reach
+from qkit.flows.pt2e import convert
+from qkit.graph import DIALECTS, quiet
+from qkit.report import compare, machine, versions
+from qkit.spec import Recipe, parse
+from qkit.targets.onnx import BACKEND, runtime
+
+CALIBRATION, HELD_OUT = 32, 16
+GOAL_DB = 18.0
+
+
+class Inverted(nn.Module):
+    """MobileNetV2's block: expand, filter each channel, project."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expand: int) -> None:
+        super().__init__()
+        conv, wide = convolutional.ConvNorm, inputs * expand
+        first = [conv(inputs, wide, 1, act=nn.ReLU6)] if expand > 1 else []
+        self.body = nn.Sequential(
+            *first,
+            conv(wide, wide, 3, stride, wide, nn.ReLU6),
+            conv(wide, outputs, 1, act=None),
+        )
+        self.skips = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x) if self.skips else self.body(x)
+
+
+def mobilenet_v2() -> nn.Module:
+    """MobileNetV2 at its full width and depth: 53 layers."""
+    rows = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1)]
+    blocks: list[nn.Module] = [convolutional.ConvNorm(3, 32, 3, 2, act=nn.ReLU6)]
+    inputs = 32
+    for expand, outputs, count, stride in [*rows, (6, 160, 3, 2), (6, 320, 1, 1)]:
+        for index in range(count):
+            blocks.append(Inverted(inputs, outputs, stride if index == 0 else 1, expand))
+            inputs = outputs
+    blocks.append(convolutional.ConvNorm(inputs, 1280, 1, act=nn.ReLU6))
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, 1000)
+    return convolutional.Classifier(*blocks, *head)
+
+
+def mlp() -> nn.Module:
+    return convolutional.Classifier(
+        nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and inputs of a seed."""
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int, int], Tensor]
+
+
+def pictures(channels: int, side: int) -> Callable[[int, int], Tensor]:
+    return lambda n, seed: images(n, channels, side, seed)
+
+
+def features(n: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(8, 64, generator=torch.Generator().manual_seed(99))
+    return torch.randn(n, 8, generator=generator) @ mixed
+
+
+CASES = {
+    family.name: Case(family.build, pictures(*family.inputs()["x"].shape[1:3]))
+    for family in convolutional.FAMILIES
+} | {
+    "Encoder": Case(
+        Encoder,
+        lambda n, seed: torch.randint(0, 31, (n, 9), generator=torch.Generator().manual_seed(seed)),
+    ),
+    "MLP": Case(mlp, features),
+    "MobileNetV2, full": Case(mobilenet_v2, pictures(3, 224)),
+}
+
+
+def built(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
+    """The model with statistics of its calibration data, these, and held-out data."""
+    torch.manual_seed(0)
+    model, calibration = case.build(), case.inputs(CALIBRATION, 1)
+    for norm in (m for m in model.modules() if isinstance(m, _BatchNorm)):
+        norm.momentum = None
+    with torch.no_grad():
+        model(calibration)
+    return model.eval(), calibration, case.inputs(HELD_OUT, 2)
+
+
+class Reader:
+    """ONNX Runtime's view of calibration data."""
+
+    def __init__(self, name: str, data: Tensor) -> None:
+        self.batches: Iterator[dict[str, np.ndarray]] = iter(
+            [{name: part.numpy()} for part in data.split(8)]
+        )
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.batches, None)
+
+
+def onnxruntime_sqnr(model: nn.Module, data: Tensor, x: Tensor, reference: Tensor) -> float | None:
+    """ONNX Runtime's own quantization of the float file that qkit writes."""
+    from onnxruntime import quantization as q
+
+    captured = convert(model, "int8-dynamic" if not data.is_floating_point() else "int8-static",
+                       data).captured  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        file, ready, out = (Path(folder, name) for name in ("f.onnx", "p.onnx", "q.onnx"))
+        BACKEND.export_float(captured, file)
+        q.quant_pre_process(str(file), str(ready), skip_symbolic_shape=True)
+        name = runtime.open_session(ready, 1).get_inputs()[0].name
+        q.quantize_static(
+            *(str(ready), str(out), Reader(name, data)),
+            per_channel=True,
+            activation_type=q.QuantType.QUInt8,
+            weight_type=q.QuantType.QInt8,
+        )
+        return sqnr(reference, runtime.load(out, 2)((x,), {})[0])
+
+
+def sqnr(reference: Tensor, output: Tensor) -> float | None:
+    found = compare([reference], [output]).sqnr_db
+    return None if found is None else round(found, 2)
+
+
+def measured(name: str, case: Case) -> Iterator[dict[str, Any]]:
+    """The lines of one model."""
+    model, data, x = built(case)
+    with torch.no_grad():
+        reference = model(x)
+
+    def line(treatment: str, value: float | None, **more: Any) -> dict[str, Any]:
+        return {"model": name, "treatment": treatment, "sqnr_db": value} | more
+
+    yield line("onnxruntime static", onnxruntime_sqnr(model, data, x, reference))
+    for observer in ("minmax", "percentile", "mse"):
+        done = convert(model, "int8-static", data, observer=observer)
+        yield line(f"static, {observer}", sqnr(reference, done.module(x)))
+    try:
+        done = convert(model, "int8-dynamic", data)
+        yield line("dynamic", sqnr(reference, done.module(x)))
+    except QkitError as error:
+        yield line("dynamic", None, reason=error.problem)
+    recipe = Recipe.simple(parse("int8-static"))
+    recipe, notes = reach(
+        model, recipe, in_memory(data), GOAL_DB, dialect=DIALECTS["onnx"], observer="mse", dims=None
+    )
+    if notes:
+        done = convert(model, recipe, data, observer="mse")
+        left = [rule.match for rule in recipe.rules if rule.scheme is None]
+        value = sqnr(reference, done.module(x))
+        yield line(f"static, mse, goal {GOAL_DB:g} dB", value, float=left, layers=len(done.sites))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES))
+    chosen = parser.parse_args().models
+    print(json.dumps({"machine": machine(), "versions": versions()}), flush=True)
+    for name in chosen:
+        for line in measured(name, CASES[name]):
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
