@@ -20,6 +20,7 @@ from qkit.cli.common import (
     size_bytes,
     threads_option,
 )
+from qkit.cli.training import training_options, training_request
 
 if TYPE_CHECKING:
     from qkit.report import Report
@@ -103,6 +104,29 @@ if TYPE_CHECKING:
     help="With a --target other than torch: show the range of each activation, what it clips, "
     "and outliers.",
 )
+@training_options
+@click.option(
+    "--teacher",
+    type=click.FloatRange(0, 1),
+    help="With --train: the weight of the loss against the float model's outputs [0].",
+)
+@click.option(
+    "--temperature",
+    type=float,
+    default=2.0,
+    show_default=True,
+    help="What softens the outputs for --teacher.",
+)
+@click.option(
+    "--freeze-ranges",
+    type=click.IntRange(min=0),
+    help="With --train: epochs after which the ranges stay [two thirds].",
+)
+@click.option(
+    "--freeze-norms",
+    type=click.IntRange(min=0),
+    help="With --train: epochs after which the statistics of batch-norms stay [two thirds].",
+)
 @architecture_options
 @runtime_cache_option
 @click.option(
@@ -122,7 +146,9 @@ if TYPE_CHECKING:
     help="Stream, on this many threads, a tensor on each [1].",
 )
 @click.option(
-    "--resume", is_flag=True, help="Stream, going on where a run for the same output was killed."
+    "--resume",
+    is_flag=True,
+    help="Stream, or with --train train, going on where a run for the same output was killed.",
 )
 @click.option(
     "--min-coverage",
@@ -172,7 +198,11 @@ def command(
 
     set_threads(threads)
     talk = not (quiet or as_json)
-    asked = {"shard_bytes": size_bytes(shard_size), "workers": workers, "resume": resume}
+    training = training_request(
+        options, resume=resume, seed=options["seed"], defaults={"epochs": 6, "lr": 2e-4}
+    )
+    streams = resume and training is None
+    asked = {"shard_bytes": size_bytes(shard_size), "workers": workers, "resume": streams}
     streaming = {name: value for name, value in asked.items() if value}
     if streaming and stream is False:
         raise UsageError(
@@ -182,7 +212,7 @@ def command(
         raise UsageError("--runtime-cache is for qkit's own layers", got=f"--backend {backend}")
     if (stream or streaming) and backend != "qkit":
         raise UsageError("--stream is for qkit's own quantization", got=f"--backend {backend}")
-    request = Request(path=path, input=input_spec, **options)
+    request = Request(path=path, input=input_spec, training=training, **options)
 
     def told(text: str) -> None:
         if talk:
@@ -194,6 +224,7 @@ def command(
     others = {"--dialect": request.dialect, "--dynamic": request.dynamic}
     others |= {"--accuracy-level": request.accuracy_level, "--bound": request.bound}
     others |= {"--calib-report": request.calib_report, "--goal-sqnr": request.goal_sqnr}
+    others |= {"--train": training}
     if not lowered and any(others.values()):
         wrong = ", ".join(name for name, value in others.items() if value)
         raise UsageError("an option of another target", got=wrong, fix="see: qkit targets")

@@ -30,6 +30,7 @@ from qkit.targets import QUANTO
 
 # Below this, a reader should look at the rows before trusting the result.
 LOW_SQNR_DB = 15.0
+LARGE_ERROR = "the output error is large"
 MAX_SLOWDOWN = 1.0
 # Of much calibration data, this is enough to judge by and like a batch that is served.
 COMPARED_SAMPLES = 64
@@ -168,7 +169,7 @@ def fill_outputs(report: Report, model: nn.Module, qmodel: nn.Module, inputs: In
     report.error = stats.to_json() | {"level": "model", "inputs": inputs.origin}
     if stats.sqnr_db is not None and stats.sqnr_db < LOW_SQNR_DB:
         report.remarks.append(
-            f"the output error is large (SQNR {stats.sqnr_db:.1f} dB): see the layers' SQNR, "
+            f"{LARGE_ERROR} (SQNR {stats.sqnr_db:.1f} dB): see the layers' SQNR, "
             "take more bits or smaller groups, give real inputs (--calib) to learn from, or keep "
             "the worst layers with --ignore"
         )

@@ -35,6 +35,7 @@ from qkit.flows.evaluate import (
 from qkit.flows.goal import reach
 from qkit.flows.pt2e import convert
 from qkit.flows.ptq import Progress, no_progress, quantize_module
+from qkit.flows.qat import Qat, Tuned, fill_training, train_quantized, trained_scheme
 from qkit.flows.quantize import AUTO, check_algorithms, resolve_algorithm
 from qkit.flows.rows import left_row, quantized_row
 from qkit.flows.runtime import FLOAT, judge, run_fresh
@@ -62,12 +63,13 @@ def lower(
     path: str | Path | None,
     *,
     target: str = "onnx",
-    calib: Data | AnyInputs,
+    calib: Data | AnyInputs | None = None,
     ignore: Sequence[str] = (),
     observer: str = "minmax",
     algorithm: str = AUTO,
     dims: Dims | None = None,
     options: Mapping[str, Any] | None = None,
+    qat: Qat | None = None,
     source: Source | None = None,
     overwrite: bool = False,
     min_coverage: float = 0.0,
@@ -85,7 +87,9 @@ def lower(
     dimensions besides the batch (:func:`qkit.graph.capture`), ``options`` are the target's.
     With ``calib_report`` the report has a row for each activation with a learnt range. With
     ``goal_sqnr`` the layers that cost most stay in float, as many as the output needs for that SQNR
-    (:func:`qkit.flows.goal.reach`).
+    (:func:`qkit.flows.goal.reach`). With ``qat`` (:class:`qkit.flows.qat.Qat`) the quantized model
+    is trained before it is written (``int8-static``, also called ``int8-qat``); ``calib`` are its
+    training data, unless given.
 
     The artifact appears once the target's runtime has loaded it in a fresh process and reproduced
     the converted program. Raises what :func:`qkit.flows.pt2e.convert` raises, before the data are
@@ -94,6 +98,8 @@ def lower(
     :class:`~qkit.errors.CoverageError` if it runs no integer kernel.
     """
     start = time.perf_counter()
+    if qat is not None and isinstance(scheme, str):
+        scheme = trained_scheme(scheme) or scheme
     if not isinstance(scheme, Recipe):
         scheme = requested(scheme, ignore, algorithm, calibrated=True)
     recipe, options = scheme, dict(options or {})
@@ -104,8 +110,12 @@ def lower(
     if out is not None:
         check_destination(out, overwrite=overwrite)
     _check_floats(model, target)
+    if calib is None:
+        if qat is None:
+            raise UsageError("there are no inputs to capture the model with", fix="give calib")
+        calib = qat.inputs()
     data = calib if isinstance(calib, Data) else in_memory(calib)
-    dialect = runtime.dialect(options)
+    dialect, tuned = runtime.dialect(options), None
     if main.weight_only:
         if goal_sqnr is not None:
             raise UsageError("--goal-sqnr is for int8-static and int8-dynamic", got=main.name)
@@ -114,23 +124,19 @@ def lower(
     else:
         if other := {rule.algorithm for rule in recipe.rules if rule.scheme} - {"rtn"}:
             raise UsageError("int8 weights are rounded to nearest", got=", ".join(sorted(other)))
+        given: dict[str, Any] = {"dims": dims, "options": options, "progress": progress}
+        learnt: dict[str, Any] = {"dialect": dialect, "observer": observer}
+        if goal_sqnr is not None and qat is not None:
+            raise UsageError("--goal-sqnr chooses layers by ranges that are not trained")
         if goal_sqnr is not None:
-            recipe, notes = reach(
-                model, recipe, data, goal_sqnr, dialect=dialect, observer=observer, dims=dims
-            )
-        converted = convert(
-            model,
-            recipe,
-            data,
-            dialect=dialect,
-            observer=observer,
-            dims=dims,
-            options=options,
-            watch=calib_report,
-            progress=progress,
-        )
+            recipe, notes = reach(model, recipe, data, goal_sqnr, dims=dims, **learnt)
+        if qat is not None:
+            tuned = train_quantized(model, recipe, qat, dialect=dialect, told=told, **given)
+            converted = tuned.converted
+        else:
+            converted = convert(model, recipe, data, watch=calib_report, **learnt, **given)
         converted = replace(converted, module=runtime.specialize(converted))
-        rows, long = _rows(model, converted, dialect), dialect.describe(main)
+        rows, long = _rows(model, converted, dialect, tuned), dialect.describe(main)
     inputs = _compared(converted, data)
     report = new_report(main, target, recipe, rows)
     report.scheme_long = long
@@ -141,6 +147,8 @@ def lower(
         if calib_report:
             report.calibration["activations"] = [asdict(row) for row in converted.activations]
     fill_outputs(report, model, converted.module, inputs)
+    if tuned is not None and qat is not None:
+        fill_training(report, qat, tuned)
     report.kernels = {}
     least = max((limit for limit in (min_sqnr, goal_sqnr) if limit is not None), default=None)
     check_budgets(report, min_coverage=min_coverage, min_sqnr=least)
@@ -228,7 +236,9 @@ def _weight_only(
     return Converted(captured, module, (), expected, options), rows
 
 
-def _rows(model: nn.Module, converted: Converted, dialect: Dialect) -> list[LayerRow]:
+def _rows(
+    model: nn.Module, converted: Converted, dialect: Dialect, tuned: Tuned | None
+) -> list[LayerRow]:
     """One row for each module with parameters, by what became of its weight."""
     sites: dict[str, Site] = {}
     for site in converted.sites:
@@ -236,7 +246,9 @@ def _rows(model: nn.Module, converted: Converted, dialect: Dialect) -> list[Laye
             sites.setdefault(site.weight, site)
             sites.setdefault(site.owner, site)
     whole = {site.owner: site for site in converted.sites if site.kind == "LSTM"}
-    named = dict(model.named_parameters(remove_duplicate=False))
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    trained = {} if tuned is None else tuned.weights
+    algorithm = PT2E if tuned is None else "qat"
     rows = []
     for entry in survey(model):
         name = entry.tied_to or entry.name
@@ -251,11 +263,14 @@ def _rows(model: nn.Module, converted: Converted, dialect: Dialect) -> list[Laye
             rows.append(left_row(entry, found.reason))
         else:
             weight = getattr(entry.module, "weight", named.get(str(found.weight)))
-            rows.append(_row(entry, found, found.scheme, weight))
+            weight = trained.get(str(found.weight), weight)
+            rows.append(_row(entry, found, found.scheme, weight, algorithm))
     return rows
 
 
-def _row(entry: Entry, site: Site, scheme: Scheme, weight: Tensor | None) -> LayerRow:
+def _row(
+    entry: Entry, site: Site, scheme: Scheme, weight: Tensor | None, algorithm: str
+) -> LayerRow:
     """The row of a module with a quantized weight."""
     spec = scheme.weight
     bits, sqnr = float(spec.format.bits), None
@@ -265,7 +280,7 @@ def _row(entry: Entry, site: Site, scheme: Scheme, weight: Tensor | None) -> Lay
         bits += 32 * qparams.scale.numel() / w.numel()
         sqnr = tensor_sqnr_db(w, fake_quantize(w, qparams, spec))
     note = None if site.kind in (entry.kind, entry.inside_kind) else f"its {site.kind}"
-    return quantized_row(entry, scheme.name, PT2E, bits, sqnr, note)
+    return quantized_row(entry, scheme.name, algorithm, bits, sqnr, note)
 
 
 def _compared(converted: Converted, data: Data) -> Inputs:

@@ -11,8 +11,10 @@ from qkit.errors import UsageError
 from qkit.flows.data import Data, open_data
 from qkit.flows.lower import check_request, known_target, lower, requested
 from qkit.flows.ptq import Progress, no_progress
+from qkit.flows.qat import Qat, trained_scheme
 from qkit.flows.quantize import Request, default_output
 from qkit.flows.source import open_source, request_inputs
+from qkit.flows.train import TrainRequest
 from qkit.graph.sites import when
 from qkit.models import Inputs, Loaded
 from qkit.report import Report
@@ -27,15 +29,25 @@ def lower_file(
     told: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """:func:`lower` of the model in a file; raises what :func:`qkit.models.load` raises too."""
+    scheme = trained_scheme(request.scheme)
+    if (scheme is None) != (request.training is None):
+        raise UsageError(
+            "quantization-aware training takes a scheme and data",
+            got=f"--scheme {request.scheme}" + (" --train" if request.training else ""),
+            wanted="--scheme int8-qat --train DATA",
+        )
     recipe = requested(
-        request.scheme, request.ignore, request.algorithm, calibrated=bool(request.calib)
+        scheme or request.scheme,
+        request.ignore,
+        request.algorithm,
+        calibrated=bool(request.calib or request.training),
     )
     options = _options(request)
     runtime = backend(known_target(request.target))
     main = check_request(recipe, runtime, options)
     out = Path(request.output or f"{default_output(request.path, main.name)}-{request.target}")
     check_destination(out, overwrite=request.overwrite)
-    if when(main) == "static" and not request.calib:
+    if when(main) == "static" and not request.calib and request.training is None:
         raise UsageError(
             "static ranges of activations are learnt from data",
             fix="--calib FILE.npz with real inputs, or --scheme int8-dynamic",
@@ -48,12 +60,14 @@ def lower_file(
             where=request.path,
             fix="--model package.module:factory names the architecture",
         )
+    qat = None if request.training is None else _qat(request.training, loaded, out)
     report = lower(
         loaded.model,
         recipe,
         None if request.dry_run else out,
         target=request.target,
-        calib=_data(request, loaded),
+        calib=None if qat and not request.calib else _data(request, loaded),
+        qat=qat,
         observer=request.observer,
         dims=parse_dims(request.dynamic),
         options=options,
@@ -70,6 +84,25 @@ def lower_file(
     if request.dry_run:
         report.remarks.append("dry run: nothing was written")
     return report
+
+
+def _qat(training: TrainRequest, loaded: Loaded, out: Path) -> Qat:
+    """The training that a request asks for, with its data."""
+    data, val = training.data(loaded.model)
+    return Qat(
+        data,
+        val,
+        options=training.options,
+        loss=training.loss,
+        metric=training.metric,
+        folder=training.folder(out),
+        resume=training.resume,
+        freeze_ranges=training.freeze_ranges,
+        freeze_norms=training.freeze_norms,
+        teacher=training.teacher or 0.0,
+        temperature=training.temperature,
+        origin={"source": loaded.source.files},
+    )
 
 
 def parse_dims(texts: Sequence[str]) -> dict[str, dict[int, str]]:

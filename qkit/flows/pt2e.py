@@ -19,7 +19,7 @@ from qkit.flows.evaluate import AnyInputs, eval_mode
 from qkit.flows.ptq import Progress, check_rules, check_tensors, no_progress
 from qkit.graph import DIALECTS, Captured, Dialect, Site, capture, find_sites, quiet
 from qkit.graph.capture import Dims
-from qkit.graph.norms import spell_out
+from qkit.graph.unfolded import spell_out
 from qkit.models import Inputs, leading, run
 from qkit.numerics import OBSERVERS
 from qkit.spec import Recipe, Scheme, parse
@@ -118,7 +118,7 @@ def prepare(
     module = spell_out(captured.module())
     sites = find_sites(module, recipe, dialect)
     if quantizer is None and all(site.scheme is None for site in sites):
-        raise _nothing(sites)
+        raise nothing(sites)
     quantizer = quantizer or RecipeQuantizer(recipe, dialect, observer)
     with quiet():
         prepared = prepare_pt2e(module, quantizer)
@@ -138,7 +138,7 @@ def finish(prepared: Prepared, options: Mapping[str, Any], *, watch: bool = Fals
 
     activations = tuple(activation_rows(prepared.module)) if watch else ()
     with quiet():
-        module = _without_unused(convert_pt2e(prepared.module))
+        module = without_unused(convert_pt2e(prepared.module))
     sites = prepared.sites
     expected = sum(site.layers for site in sites if site.scheme is not None)
     return Converted(
@@ -200,7 +200,7 @@ def _observe(prepared: fx.GraphModule, batch: Inputs) -> None:
         raise
 
 
-def _without_unused(module: fx.GraphModule) -> fx.GraphModule:
+def without_unused(module: fx.GraphModule) -> fx.GraphModule:
     """``module`` without the float weights that nothing reads: they would be saved with it."""
     used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     tensors = [*module.named_parameters(), *module.named_buffers()]
@@ -210,7 +210,8 @@ def _without_unused(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def _nothing(sites: list[Site]) -> CoverageError:
+def nothing(sites: list[Site]) -> CoverageError:
+    """The error of a model of which no layer is quantized."""
     reasons = sorted({f"{site.kind}: {site.reason}" for site in sites})
     return CoverageError(
         "nothing was quantized: no layer of the model matched",

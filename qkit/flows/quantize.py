@@ -31,6 +31,7 @@ from qkit.flows.export import save_compressed_tensors, save_gguf
 from qkit.flows.ptq import Obstacle, Progress, no_obstacle, no_progress, quantize_module
 from qkit.flows.save import check_budgets, save
 from qkit.flows.source import open_source, request_inputs
+from qkit.flows.train.request import TrainRequest
 from qkit.models import Inputs, Loaded, infer, run
 from qkit.nn import keep_floats, tree
 from qkit.packing import container
@@ -227,6 +228,7 @@ class Request:
     image: tuple[str, ...] = ()
     calib_report: bool = False
     goal_sqnr: float | None = None
+    training: TrainRequest | None = None
 
 
 def resolve_request(request: Request) -> tuple[Scheme, Recipe]:

@@ -52,19 +52,28 @@ class RecipeQuantizer(Quantizer):
     """Annotates what ``recipe`` names in the shape of ``dialect``.
 
     ``observer`` estimates the ranges of activations, a key of :data:`qkit.numerics.OBSERVERS`;
-    weights have that of their values. After ``annotate``, ``sites`` tells what each layer became.
+    weights have that of their values. ``watcher`` is as in
+    :func:`~qkit.graph.observe.annotation`. After ``annotate``, ``sites`` tells what each layer
+    became.
     """
 
-    def __init__(self, recipe: Recipe, dialect: Dialect, observer: str = "minmax") -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        dialect: Dialect,
+        observer: str = "minmax",
+        watcher: type[PerChannelRange] = PerChannelRange,
+    ) -> None:
         super().__init__()
         self.recipe, self.dialect, self.observer = recipe, dialect, observer
+        self.watcher = watcher
         self.sites: list[Site] = []
         self._made: dict[QSpec, Any] = {}
 
     def _spec(self, spec: QSpec) -> Any:
         if spec not in self._made:
             observer = "minmax" if spec.when == "weight" else self.observer
-            self._made[spec] = annotation(spec, observer)
+            self._made[spec] = annotation(spec, observer, self.watcher)
         return self._made[spec]
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from qkit.graph.capture import quiet
 
 with quiet():
+    from torchao.quantization.pt2e import (
+        DerivedObserverOrFakeQuantize as DerivedObserverOrFakeQuantize,
+    )
     from torchao.quantization.pt2e.observer import ObserverBase as ObserverBase
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e as convert_pt2e
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e as prepare_pt2e

@@ -56,12 +56,16 @@ class PerChannelRange(ObserverBase):
         """``x`` itself, noted."""
         done = self.observer.spec.when == "weight" and self.observer.state is not None
         if not (done or self.is_dynamic):
-            # A range that flatten shares with its input is one of values, not of a shape.
-            values = x if self.ch_axis is not None else x.reshape(-1)
-            self.observer.update(values)
-            if self._watched is not None:
-                self._watched.update(values)
+            self.update(x)
         return x
+
+    def update(self, x: Tensor) -> None:
+        """Note the values of ``x``."""
+        # A range that flatten shares with its input is one of values, not of a shape.
+        values = x if self.ch_axis is not None else x.reshape(-1)
+        self.observer.update(values)
+        if self._watched is not None:
+            self._watched.update(values)
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Scale (fp32) and zero point (int64), of one element each or one per channel.
@@ -82,8 +86,11 @@ class PerChannelRange(ObserverBase):
         return scale, found.zero_point.flatten().to(torch.int64)
 
 
-def annotation(spec: QSpec, observer: str = "minmax") -> QuantizationSpec:
-    """``spec`` in torchao's words; ``observer`` is a key of :data:`qkit.numerics.OBSERVERS`.
+def annotation(
+    spec: QSpec, observer: str = "minmax", watcher: type[PerChannelRange] = PerChannelRange
+) -> QuantizationSpec:
+    """``spec`` in torchao's words; ``observer`` is a key of :data:`qkit.numerics.OBSERVERS`, and
+    the ``watcher`` (:class:`qkit.graph.fake.PerChannelFake` in training) one that it estimates for.
 
     Edges share a range where they get the very same annotation, so make one for each spec.
     """
@@ -94,7 +101,7 @@ def annotation(spec: QSpec, observer: str = "minmax") -> QuantizationSpec:
     form = "symmetric" if spec.symmetric else "affine"
     return QuantizationSpec(
         dtype=torch.int8 if fmt.signed else torch.uint8,
-        observer_or_fake_quant_ctr=PerChannelRange.with_args(spec=spec, kind=OBSERVERS[observer]()),
+        observer_or_fake_quant_ctr=watcher.with_args(spec=spec, kind=OBSERVERS[observer]()),
         quant_min=fmt.qmin,
         quant_max=fmt.qmax,
         qscheme=getattr(torch, f"per_{per}_{form}"),

@@ -45,6 +45,7 @@ class Report:
     ``kernels`` implementation -> calls in one forward pass (counted, not assumed)
     ``verification`` status, level, runtime, fresh_process, checks
     ``calibration`` samples, activations (:class:`~qkit.report.ActivationRow`), where asked for
+    ``training`` how a quantized model was trained, and its figures after each epoch
     ``remarks`` plain sentences: what is not faster and why, what was assumed
     """
 
@@ -61,6 +62,7 @@ class Report:
     remarks: list[str] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     artifact: str | None = None

@@ -8,6 +8,7 @@ done.history[-1]["val_accuracy"]
 from qkit.flows.train.loop import Trained as Trained
 from qkit.flows.train.loop import train as train
 from qkit.flows.train.options import TrainOptions as TrainOptions
+from qkit.flows.train.request import TrainRequest as TrainRequest
 from qkit.flows.train.samples import Batch as Batch
 from qkit.flows.train.samples import TrainData as TrainData
 from qkit.flows.train.samples import labelled as labelled
