@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -122,6 +124,67 @@ def test_compression() -> None:
     assert sum(record["parts"].values()) == record["bytes"]
     assert record["verified"] == "verified"
     assert {"accuracy_float", "accuracy_compressed"} <= record.keys()
+
+
+def pt2e(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("pt2e")
+
+
+def test_pt2e_measures_a_cell_once(tmp_path: Path) -> None:
+    script, results = str(ROOT / "benchmarks" / "pt2e.py"), tmp_path / "pt2e.jsonl"
+    cell = ["--model", "MLP", "--mode", "dynamic", "--target", "onnx"]
+    command = [sys.executable, script, *cell, "--results", str(results)]
+    told = [
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)
+    ]
+    assert told[0].startswith("MLP dynamic onnx passed 3/3")
+    assert told[1] == ""
+    (line,) = results.read_text().splitlines()
+    record = json.loads(line)
+    assert record["machine"]["cpu"]
+    assert record["speedup"] > 0
+    assert record["size_ratio"] < 0.3
+    assert all(db > 30 for db in record["batches"])
+
+
+def test_pt2e_judges_and_tells_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = pt2e(monkeypatch)
+    good = {
+        "model": "MLP",
+        "mode": "dynamic",
+        "target": "onnx",
+        "ran": 3,
+        "expected": 3,
+        "sqnr_db": 38.0,
+        "speedup": 2.0,
+        "size_ratio": 0.25,
+        "batches": [37.0, 38.5],
+    }
+    assert script.judged(good) == "passed"
+    assert script.judged(good | {"ran": 2}) == "2 of 3 layers run as integers"
+    assert "29.0 dB" in script.judged(good | {"batches": [29.0, 38.0]})
+    assert script.judged(good | {"mode": "static", "sqnr_db": 12.0}) == "passed"
+    assert "3: InputError" in script.judged(good | {"batches": [37.0, "3: InputError"]})
+    lines = [
+        good | {"status": "old"},
+        good | {"status": "passed"},
+        good | {"target": "xnnpack", "status": "29.0 dB, less than 30"},
+        {"model": "LSTM", "mode": "static", "target": "onnx", "status": "CoverageError: nothing"},
+    ]
+    page = script.page(lines)
+    assert "1 of 3 cells passed" in page
+    assert "3/3, 38.0 dB, 2.00x, 0.25 [1] |" in page
+    assert "1. 29.0 dB, less than 30\n2. CoverageError: nothing\n" in page
+    assert "old" not in page.split("|", 1)[1]
+
+
+def test_the_page_of_pt2e_is_that_of_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = pt2e(monkeypatch)
+    assert script.PAGE.is_file() == script.RESULTS_FILE.is_file()
+    if script.PAGE.is_file():
+        assert script.PAGE.read_text() == script.page(script.records(script.RESULTS_FILE))
 
 
 @pytest.mark.parametrize("name", ["numerics", "kernels", "compression"])

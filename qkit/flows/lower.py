@@ -245,15 +245,12 @@ def _rows(
         if site.weight is not None:
             sites.setdefault(site.weight, site)
             sites.setdefault(site.owner, site)
-    whole = {site.owner: site for site in converted.sites if site.kind == "LSTM"}
     named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     trained = {} if tuned is None else tuned.weights
     algorithm = PT2E if tuned is None else "qat"
     rows = []
     for entry in survey(model):
-        name = entry.tied_to or entry.name
-        # The layers of a module that is opened are called as its parameters.
-        found = sites.get(f"{name}.weight") or sites.get(name) or whole.get(entry.inside or "")
+        found = _site(entry, sites)
         if found is None:
             reason = f"{dialect.name} computes {entry.kind} in float"
             if "BatchNorm" in entry.kind:
@@ -266,6 +263,18 @@ def _rows(
             weight = trained.get(str(found.weight), weight)
             rows.append(_row(entry, found, found.scheme, weight, algorithm))
     return rows
+
+
+def _site(entry: Entry, sites: Mapping[str, Site]) -> Site | None:
+    """What became of the weight of ``entry``; ``sites`` are by weight and by its owner."""
+    if isinstance(entry.module, nn.Embedding):  # which may share it with a layer
+        return None
+    # The layers of a module that is opened are called as its parameters.
+    names = [f"{entry.name}.weight", entry.name, f"{entry.tied_to}.weight", str(entry.tied_to)]
+    if found := next((sites[name] for name in names if name in sites), None):
+        return found
+    whole = sites.get(entry.inside or "")
+    return whole if whole is not None and whole.kind == "LSTM" else None
 
 
 def _row(
@@ -341,6 +350,7 @@ def _fill(
 ) -> None:
     """Kernels and latency, and what a reader should know about them."""
     report.kernels = found.integer
+    report.coverage |= {"integer_layers": found.ran, "integer_layers_expected": found.expected}
     with eval_mode(model):
         eager = measure({"eager": lambda: run(model, inputs)}, seconds=0.5)["eager"]
     speedup = round(latency["float"]["median"] / latency["quantized"]["median"], 3)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qkit.errors import InputError, UsageError, nearest
+from qkit.graph.products import with_linear
 
 # Argument name -> dimension -> the name of what varies there.
 Dims = Mapping[str, Mapping[int, str]]
@@ -85,11 +86,12 @@ class Captured:
     notes: tuple[str, ...] = ()
 
     def module(self) -> fx.GraphModule:
-        """A fresh module of the program, cleaned (:func:`clean`)."""
+        """A fresh module of the program, cleaned (:func:`clean`), its products with parameters as
+        linear layers (:mod:`qkit.graph.products`)."""
         with quiet():
             module = self.program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
-        return clean(module)
+        return clean(with_linear(module))
 
 
 def capture(

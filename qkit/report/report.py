@@ -38,7 +38,8 @@ class Report:
     """The figures of one run. ``to_json`` has exactly the keys of the fields below.
 
     ``coverage`` parameters, quantized_parameters, fraction, layers_quantized, layers_left; ``done``
-    where it is something else than "quantized"
+        where it is something else than "quantized"; of a target of PT2E integer_layers that its
+        runtime runs, and integer_layers_expected
     ``size_bytes`` source, artifact (its weights file), ratio, folder (all files)
     ``error`` sqnr_db, cosine, max_abs against the float model, level (model or weights), inputs
     ``latency_ms`` float and quantized {median, p10, p90, repeats}, speedup, threads

@@ -107,7 +107,7 @@ class Backend(Protocol):
     def audit(self, path: Path, converted: Converted) -> Audit:
         """Count what the runtime runs."""
 
-    def probe(self, path: Path, dialect: str | None, trusted: bool) -> dict[str, Any]:
+    def probe(self, path: Path, dialect: str | None, trusted: bool = False) -> dict[str, Any]:
         """Load a file of anybody and run it on made-up inputs: its ``kernels``; or, with a
         ``dialect``, its ``rules`` (name -> what breaks it).
 

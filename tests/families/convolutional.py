@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from families.family import Family, images
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Act = Callable[[Tensor], Tensor]
 
 
 class ConvNorm(nn.Sequential):
@@ -208,28 +212,38 @@ def densenet() -> nn.Module:
 
 
 class SqueezeExcite(nn.Module):
-    def __init__(self, channels: int, squeezed: int) -> None:
+    def __init__(
+        self, channels: int, squeezed: int, act: Act = F.silu, gate: Act = torch.sigmoid
+    ) -> None:
         super().__init__()
         self.squeeze = nn.Conv2d(channels, squeezed, 1)
         self.excite = nn.Conv2d(squeezed, channels, 1)
+        self.act, self.gate = act, gate
 
     def forward(self, x: Tensor) -> Tensor:
         scale = x.mean((2, 3), keepdim=True)
-        return x * torch.sigmoid(self.excite(F.silu(self.squeeze(scale))))
+        return x * self.gate(self.excite(self.act(self.squeeze(scale))))
 
 
 class Inverted(nn.Module):
-    """Expand, depthwise, (squeeze and excite,) project; MobileNetV2's and EfficientNet's block."""
+    """The block of MobileNets and of EfficientNet: expand to ``wide`` channels, depthwise, (squeeze
+    and excite, by what ``excite`` makes for so many channels,) project."""
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int, stride: int, *, efficient: bool
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int,
+        wide: int,
+        act: type[nn.Module],
+        excite: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        wide, act = 4 * inputs, nn.SiLU if efficient else nn.ReLU6
         self.body = nn.Sequential(
-            ConvNorm(inputs, wide, 1, act=act),
+            ConvNorm(inputs, wide, 1, act=act) if wide != inputs else nn.Identity(),
             ConvNorm(wide, wide, kernel, stride, groups=wide, act=act),
-            SqueezeExcite(wide, inputs // 4) if efficient else nn.Identity(),
+            excite(wide) if excite else nn.Identity(),
             ConvNorm(wide, outputs, 1, act=None),
         )
         self.skips = stride == 1 and inputs == outputs
@@ -241,8 +255,8 @@ class Inverted(nn.Module):
 def mobilenet() -> nn.Module:
     return Classifier(
         ConvNorm(3, 16, 3, 2, act=nn.ReLU6),
-        Inverted(16, 24, 3, 2, efficient=False),
-        Inverted(24, 24, 3, 1, efficient=False),
+        Inverted(16, 24, 3, 2, 64, nn.ReLU6),
+        Inverted(24, 24, 3, 1, 96, nn.ReLU6),
         ConvNorm(24, 96, 1, act=nn.ReLU6),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
@@ -254,8 +268,8 @@ def mobilenet() -> nn.Module:
 def efficientnet() -> nn.Module:
     return Classifier(
         ConvNorm(3, 16, 3, 2, act=nn.SiLU),
-        Inverted(16, 24, 5, 2, efficient=True),
-        Inverted(24, 24, 3, 1, efficient=True),
+        Inverted(16, 24, 5, 2, 64, nn.SiLU, lambda wide: SqueezeExcite(wide, 4)),
+        Inverted(24, 24, 3, 1, 96, nn.SiLU, lambda wide: SqueezeExcite(wide, 6)),
         ConvNorm(24, 96, 1, act=nn.SiLU),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from families.convolutional import ConvNorm
 from families.family import Family, images, values
@@ -12,15 +15,14 @@ from torch.nn import functional as F
 class UNet(nn.Module):
     """Down, up again by transposed convolutions, and the skips joined."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: Sequence[int] = (16, 32, 64)) -> None:
         super().__init__()
-        self.down = nn.ModuleList([self._pair(3, 16), self._pair(16, 32)])
-        self.bottom = self._pair(32, 64)
-        self.up = nn.ModuleList(
-            [nn.ConvTranspose2d(64, 32, 2, 2), nn.ConvTranspose2d(32, 16, 2, 2)]
-        )
-        self.join = nn.ModuleList([self._pair(64, 32), self._pair(32, 16)])
-        self.head = nn.Conv2d(16, 5, 1)
+        steps = list(pairwise(widths))
+        self.down = nn.ModuleList(self._pair(*step) for step in pairwise((3, *widths[:-1])))
+        self.bottom = self._pair(*steps[-1])
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in reversed(steps))
+        self.join = nn.ModuleList(self._pair(2 * a, a) for a, _ in reversed(steps))
+        self.head = nn.Conv2d(widths[0], 5, 1)
 
     @staticmethod
     def _pair(inputs: int, outputs: int) -> nn.Module:

@@ -79,7 +79,7 @@ class InductorBackend:
         remark = f"{self.file} is native code, compiled for {runtime.isa_of(path)}"
         return replace(runtime.audit(path, converted.expected), remarks=(remark,))
 
-    def probe(self, path: Path, dialect: str | None, trusted: bool) -> dict[str, Any]:
+    def probe(self, path: Path, dialect: str | None, trusted: bool = False) -> dict[str, Any]:
         """The kernels of the file."""
         runtime.read(path)  # of a damaged file nothing is run
         if not trusted:

@@ -82,7 +82,7 @@ class OnnxBackend:
 
         return replace(runtime.audit(path, 0), remarks=(require_rules(path).told,))
 
-    def probe(self, path: Path, dialect: str | None, trusted: bool) -> dict[str, Any]:
+    def probe(self, path: Path, dialect: str | None, trusted: bool = False) -> dict[str, Any]:
         """The kernels of the file, or the rules of TensorRT."""
         from qkit.targets.onnx import tensorrt
 

@@ -86,7 +86,7 @@ class XnnpackBackend:
             remarks.append(f"the inputs of {self.file} are, in this order: {', '.join(order)}")
         return replace(found, remarks=(*found.remarks, *remarks))
 
-    def probe(self, path: Path, dialect: str | None, trusted: bool) -> dict[str, Any]:
+    def probe(self, path: Path, dialect: str | None, trusted: bool = False) -> dict[str, Any]:
         """The kernels of the file."""
         return {"kernels": runtime.probe(path)}
 

@@ -1,0 +1,226 @@
+"""Models through PT2E to each runtime: does it work, how exact, how fast. Makes docs/pt2e.md.
+
+    python benchmarks/pt2e.py [--model NAME] [--mode static|dynamic] [--target NAME] [--again]
+    python benchmarks/pt2e.py --page
+
+Each cell (model, mode, target) is a process of its own with a time limit, and one JSON line that is
+appended to ``benchmarks/results/pt2e.jsonl`` when it is done: a run that was stopped goes on where
+it was. ``--again`` measures anew what has a line, of which the last one counts. Times are of both
+models in the target's runtime, interleaved, in a fresh process, on a batch of 4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tables import RESULTS, ROOT, markdown
+
+RESULTS_FILE = RESULTS / "pt2e.jsonl"
+PAGE = ROOT / "docs" / "pt2e.md"
+MODES = {"static": "int8-static", "dynamic": "int8-dynamic"}
+TARGETS = ("inductor", "xnnpack", "onnx")
+# What a dynamic cell must keep; that of a static one is told as it is.
+LEAST_DYNAMIC_DB = 30.0
+# Batches that the artifact must take besides the one it was made with.
+BATCHES = (1, 3)
+Cell = dict[str, Any]
+
+
+def measure(model: str, mode: str, target: str) -> Cell:
+    """The cell, in this process."""
+    import torch
+    from pt2e_models import MODELS
+
+    from qkit.flows import lower
+    from qkit.models import Inputs, run, split
+    from qkit.report import compare
+    from qkit.targets.backend import backend
+
+    family = MODELS[model]
+    net, given = family.model(), Inputs((), family.inputs(), model)
+    with tempfile.TemporaryDirectory(prefix="qkit-pt2e-") as folder:
+        out = Path(folder, "out")
+        report = lower(net, MODES[mode], out, target=target, calib=given.kwargs)
+        runtime = backend(target)
+        session, held = runtime.load(out / runtime.file, torch.get_num_threads()), []
+        for size in BATCHES:
+            part = split(given, size)
+            try:
+                got = session((), part.kwargs)
+            except Exception as error:
+                held.append(f"{size}: {type(error).__name__}")
+                continue
+            stats = compare(run(net, part), got)
+            held.append(round(stats.sqnr_db or 0.0, 1))
+    return {
+        "ran": report.coverage["integer_layers"],
+        "expected": report.coverage["integer_layers_expected"],
+        "layers": [report.coverage["layers_quantized"], report.coverage["layers_left"]],
+        "sqnr_db": report.error["sqnr_db"],
+        "speedup": report.latency_ms["speedup"],
+        "ms": [report.latency_ms[name]["median"] for name in ("float", "quantized")],
+        "size_ratio": round(report.size_bytes["artifact"] / report.size_bytes["float"], 4),
+        "bytes": report.size_bytes["artifact"],
+        "batches": held,
+        "kernels": report.kernels,
+        "remarks": report.remarks,
+        "versions": report.versions,
+        "machine": report.machine,
+    }
+
+
+def judged(cell: Cell) -> str:
+    """``passed``, or what is wrong with a cell that was measured."""
+    if cell["ran"] < cell["expected"]:
+        return f"{cell['ran']} of {cell['expected']} layers run as integers"
+    if wrong := [each for each in cell["batches"] if isinstance(each, str)]:
+        return f"another batch fails ({', '.join(wrong)})"
+    least = min([cell["sqnr_db"], *cell["batches"]])
+    if cell["mode"] == "dynamic" and least < LEAST_DYNAMIC_DB:
+        return f"{least:.1f} dB, less than {LEAST_DYNAMIC_DB:g}"
+    return "passed"
+
+
+def attempt(model: str, mode: str, target: str, limit: float) -> Cell:
+    """The cell, in a process of its own that is stopped after ``limit`` seconds."""
+    start, cell = time.perf_counter(), {"model": model, "mode": mode, "target": target}
+    command = [sys.executable, __file__, "--cell", model, mode, target]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return cell | {"status": f"not done after {limit:g} s"}
+    cell["seconds"] = round(time.perf_counter() - start, 1)
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    if done.returncode:
+        return cell | {"status": lines[-1][:400], "exit": done.returncode}
+    cell |= json.loads(done.stdout.splitlines()[-1])
+    return cell | {"status": judged(cell)}
+
+
+def only(model: str, mode: str, target: str) -> None:
+    """What the process of a cell does: its JSON on standard output, or its error as one line."""
+    from qkit.errors import QkitError
+
+    try:
+        cell = measure(model, mode, target)
+    except QkitError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(json.dumps(cell))
+
+
+def cells(given: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """What is asked for."""
+    from pt2e_models import MODELS
+
+    for model in MODELS:
+        for mode in MODES:
+            for target in TARGETS:
+                asked = (given.model, model), (given.mode, mode), (given.target, target)
+                if all(want in (None, name) for want, name in asked):
+                    yield model, mode, target
+
+
+HEAD = """# Models through PT2E, by target
+
+Made by `python benchmarks/pt2e.py --page` from `benchmarks/results/pt2e.jsonl`, which
+`python benchmarks/pt2e.py` writes: each cell quantizes a model of the size that is deployed
+(`benchmarks/pt2e_models.py`; random weights with batch-norm statistics of the inputs, but for
+MiniLM), lets a fresh process verify and time the artifact in its runtime, and runs it on batches of
+1 and 3 besides the 4 it was made with. {machine}
+
+A cell is **integer layers that run / expected, SQNR to the float model, speed over the float model
+in the same runtime, size beside the float model's file there**. It is *passed* where all layers
+that should run as integers do, all batches work, and a dynamic one keeps {least:g} dB. Under
+`dynamic` only linear layers (and, for ONNX Runtime, LSTMs) are integer: no runtime here has a
+convolution that is right and faster with ranges taken at each call. A number in brackets is a note.
+
+{passed} of {count} cells passed.
+
+"""
+
+
+def page(measured: list[Cell]) -> str:
+    """docs/pt2e.md."""
+    found = {(r["model"], r["mode"], r["target"]): r for r in measured}
+    columns = [(mode, target) for mode in MODES for target in TARGETS]
+    notes: dict[str, int] = {}
+
+    def text(record: Cell | None) -> str:
+        if record is None:
+            return "not measured"
+        if record["status"] == "passed":
+            return figures(record)
+        number = notes.setdefault(record["status"], len(notes) + 1)
+        return f"{figures(record)} [{number}]" if "ran" in record else f"[{number}]"
+
+    models = list(dict.fromkeys(model for model, _, _ in found))
+    rows = [[m, *(text(found.get((m, *column))) for column in columns)] for m in models]
+    head = ["model", *(f"{mode}, {target}" for mode, target in columns)]
+    passed = sum(r["status"] == "passed" for r in found.values())
+    top = HEAD.format(
+        machine=machine_of(found), least=LEAST_DYNAMIC_DB, passed=passed, count=len(found)
+    )
+    told = "".join(f"\n{number}. {note}" for note, number in notes.items())
+    return top + markdown(head, rows) + "\n" + (f"{told}\n" if told else "")
+
+
+def records(path: Path) -> list[Cell]:
+    """The lines of a file of results; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def figures(record: Cell) -> str:
+    """The figures of a cell that was measured."""
+    return (
+        f"{record['ran']}/{record['expected']}, {record['sqnr_db']:.1f} dB, "
+        f"{record['speedup']:.2f}x, {record['size_ratio']:.2f}"
+    )
+
+
+def machine_of(found: dict[tuple[str, str, str], Cell]) -> str:
+    """The processors and versions of the records, in words."""
+    measured = [r for r in found.values() if "machine" in r]
+    cpus = {f"{r['machine']['cpu']}, {r['machine']['threads']} threads" for r in measured}
+    names = ("torch", "torchao", "executorch", "onnxruntime")
+    kinds = {", ".join(f"{n} {r['versions'][n]}" for n in names) for r in measured}
+    return f"Measured on {'; '.join(sorted(cpus))}; {'; '.join(sorted(kinds))}." if measured else ""
+
+
+def main() -> None:
+    """Measure what is asked for and has no line yet, or write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="one model, as docs/pt2e.md calls it")
+    parser.add_argument("--mode", choices=list(MODES))
+    parser.add_argument("--target", choices=TARGETS)
+    parser.add_argument("--again", action="store_true", help="measure what has a line, too")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for a cell")
+    parser.add_argument("--results", type=Path, default=RESULTS_FILE, help="the file of lines")
+    parser.add_argument("--page", action="store_true", help="write docs/pt2e.md")
+    parser.add_argument("--cell", nargs=3, metavar=("MODEL", "MODE", "TARGET"))
+    given = parser.parse_args()
+    if given.cell:
+        only(*given.cell)
+    elif given.page:
+        PAGE.write_text(page(records(given.results)))
+    else:
+        done = {(r["model"], r["mode"], r["target"]) for r in records(given.results)}
+        for cell in cells(given):
+            if cell in done and not given.again:
+                continue
+            record = attempt(*cell, given.limit)
+            print(*cell, record["status"], figures(record) if "ran" in record else "", flush=True)
+            with given.results.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
