@@ -55,7 +55,7 @@ from qkit.cli.common import (
 @click.option(
     "--round-to",
     type=click.IntRange(min=1),
-    default=8,
+    default=16,
     show_default=True,
     help="Keep multiples of this many rows, which run fast (fewer in small layers).",
 )

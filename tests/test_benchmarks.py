@@ -194,3 +194,18 @@ def test_results_are_committed_with_what_made_them(name: str) -> None:
     assert head["machine"]["cpu"]
     assert head["versions"]["torch"]
     assert f"{name}.py" in head["command"]
+
+
+def test_pruning() -> None:
+    head, *records = lines("pruning", "--only=LSTM,GPT")
+    assert head["machine"]["cpu"]
+    assert {(r["model"], r["contender"]) for r in records} == {
+        (model, contender) for model in ("LSTM", "GPT") for contender in ("qkit", "torch-pruning")
+    }
+    for record in records:
+        if record["contender"] == "qkit":
+            assert record["macs"] <= 0.5
+            assert record["learns"]
+            assert record["speedup"] > 0
+        else:  # a library that may not be installed, and may fail
+            assert "reason" in record or record["macs"] <= 0.5

@@ -21,7 +21,7 @@ from qkit.models import Inputs, infer, resolve_callable, run
 from qkit.nn import open_modules, opening
 from qkit.nn.computed import detached
 from qkit.pruning.importance import Loss
-from qkit.pruning.plan import Limits
+from qkit.pruning.plan import ROUND_TO, Limits
 from qkit.pruning.structured import Pruned, prune_channels
 from qkit.pruning.structured import Request as Wanted
 from qkit.report import compare, machine, measure, versions
@@ -38,7 +38,7 @@ def prune(
     importance: str = "l1",
     ignore: Sequence[str] = (),
     keep: int = 1,
-    round_to: int = 8,
+    round_to: int = ROUND_TO,
     per_layer: bool = False,
     through_norms: bool = False,
     loss: Loss | None = None,
@@ -180,7 +180,7 @@ class PruneRequest:
     output: str | None = None
     ignore: tuple[str, ...] = ()
     keep: int = 1
-    round_to: int = 8
+    round_to: int = ROUND_TO
     per_layer: bool = False
     through_norms: bool = False
     loss: str | None = None

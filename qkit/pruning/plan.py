@@ -13,6 +13,9 @@ from qkit.pruning.facts import Facts
 from qkit.pruning.groups import Group, Removed, nothing
 from qkit.pruning.importance import Scores
 
+# oneDNN's convolutions go by blocks of 16 channels: with half of its multiply-adds, ResNet-18 took
+# 1/1.75 of its processor time in multiples of 16, and 1/1.47 of it in multiples of 8.
+ROUND_TO = 16
 # A group of fewer units than this many blocks is rounded to smaller blocks.
 BLOCKS = 4
 
@@ -23,7 +26,7 @@ class Limits:
     (fewer in small groups); ``per_layer``: the same share of every group, else all compete."""
 
     keep: int = 1
-    round_to: int = 8
+    round_to: int = ROUND_TO
     per_layer: bool = False
 
     def __post_init__(self) -> None:
