@@ -149,6 +149,18 @@ def test_the_library_takes_data(folder):
         qkit.compress(make(), recipe, inputs=x, data=wrong)
 
 
+def test_training_keeps_what_is_zero():
+    model, x = make(), torch.randn(64, 20)
+    with torch.no_grad():
+        model[2].weight[torch.rand(64, 64) < 0.5] = 0
+    zero = model[2].weight == 0
+    data = labelled(x, x[:, :4].argmax(1))
+    recipe = {"steps": [{"train": {"epochs": 1, "lr": 0.01}}, {"cluster": {"entries": 4}}]}
+    small, ledger = qkit.compress(model, recipe, inputs=x, data=data)
+    assert torch.equal(small[2].weight == 0, zero)
+    assert ledger.rows[1].nonzeros == ledger.rows[0].nonzeros
+
+
 WRONG = [
     ({}, "has steps"),
     ({"steps": []}, "has steps"),

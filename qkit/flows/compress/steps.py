@@ -19,6 +19,7 @@ from qkit.flows.quantize import quantize, resolve_recipe
 from qkit.flows.train import TrainData, TrainOptions, train
 from qkit.models import Inputs
 from qkit.pruning.importance import check_importance
+from qkit.pruning.masks import Masks
 from qkit.pruning.plan import check_amount
 from qkit.pruning.structured import UNITS
 from qkit.spec.plain import show
@@ -123,7 +124,8 @@ def _prune(model: nn.Module, options: Options, given: Given) -> nn.Module:
 def _train(model: nn.Module, options: Options, given: Given) -> nn.Module:
     assert given.data is not None
     model = copy.deepcopy(model)
-    train(model, given.data, val=given.val, options=_train_options(options, given.seed))
+    with Masks.of(model).hold(model):  # what an earlier step has made zero
+        train(model, given.data, val=given.val, options=_train_options(options, given.seed))
     return model
 
 
