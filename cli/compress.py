@@ -50,7 +50,7 @@ def command(
     \b
     steps:
       - factorize: {amount: 0.5}
-      - prune: {amount: 0.5}
+      - prune: {amount: 0.5}        # sparsify: {amount: 0.9} for single weights
       - train: {epochs: 5}
       - cluster: {entries: 16}      # or quantize: {scheme: w8a16}
     data: train.npz                 # inputs and labels, or module:function

@@ -149,16 +149,21 @@ def test_the_library_takes_data(folder):
         qkit.compress(make(), recipe, inputs=x, data=wrong)
 
 
-def test_training_keeps_what_is_zero():
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_what_is_sparse_stays_so(method):
     model, x = make(), torch.randn(64, 20)
-    with torch.no_grad():
-        model[2].weight[torch.rand(64, 64) < 0.5] = 0
-    zero = model[2].weight == 0
     data = labelled(x, x[:, :4].argmax(1))
-    recipe = {"steps": [{"train": {"epochs": 1, "lr": 0.01}}, {"cluster": {"entries": 4}}]}
-    small, ledger = qkit.compress(model, recipe, inputs=x, data=data)
-    assert torch.equal(small[2].weight == 0, zero)
-    assert ledger.rows[1].nonzeros == ledger.rows[0].nonzeros
+    sparsify = {"amount": 0.6, "method": method, "ignore": ["4"]}
+    steps_ = [{"sparsify": sparsify}, {"train": {"epochs": 1, "lr": 0.01}}, {"cluster": {}}]
+    small, ledger = qkit.compress(model, {"steps": steps_}, calib=x, data=data)
+    whole, sparse, trained, clustered = (row.nonzeros for row in ledger.rows)
+    weights = 20 * 64 + 64 * 64
+    # A share of each row, at the coarsest: off by at most half a weight in each of 128 rows.
+    assert sparse == pytest.approx(whole - 0.6 * weights, abs=64)
+    assert clustered <= trained == sparse
+    assert float((small[2].weight == 0).float().mean()) == pytest.approx(0.6, abs=0.01)
+    with pytest.raises(UsageError, match="learns from real inputs"):
+        read_recipe({"steps": [{"sparsify": {"method": "sparsegpt"}}]})
 
 
 WRONG = [
@@ -179,6 +184,10 @@ WRONG = [
     ({"steps": [{"cluster": {"train": {"epoch": 1}}}], "data": "x.npz"}, "unknown option of train"),
     ({"steps": [{"quantize": {"scheme": "w9a9"}}]}, "unknown scheme"),
     ({"steps": [{"quantize": {"algorithm": "gptq"}}]}, "learns from real inputs"),
+    ({"steps": [{"sparsify": {"amount": 1.0}}]}, "above 0 and below 1"),
+    ({"steps": [{"sparsify": {"amount": "4:2"}}]}, "not a pattern"),
+    ({"steps": [{"sparsify": {"method": "snip"}}]}, "unknown method"),
+    ({"steps": ["cluster", "sparsify"]}, "cannot come after 'cluster'"),
     ({"steps": ["train"]}, "no data are named"),
     ({"steps": [{"train": {"epochs": 0}}], "data": "x.npz"}, "epochs is at least 1"),
     ({"steps": [{"train": {"epochs": "many"}}], "data": "x.npz"}, "another type"),

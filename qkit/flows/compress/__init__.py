@@ -1,4 +1,4 @@
-"""Recipes of steps: factorize, prune, train, cluster or quantize, one after the other.
+"""Recipes of steps: factorize, prune, sparsify, train, cluster or quantize, one after the other.
 
 from qkit.flows.compress import compress
 small, ledger = compress(model, {"steps": [{"prune": {"amount": 0.5}}, {"quantize": {}}]}, inputs=x)

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from qkit.algorithms.sparse import Sparsity
 from qkit.errors import UsageError
 from qkit.flows.cluster import cluster
 from qkit.flows.factorize import factorize
 from qkit.flows.factors import Wanted as Factors
 from qkit.flows.prune import prune
 from qkit.flows.quantize import quantize, resolve_recipe
+from qkit.flows.sparsify import METHODS, sparsify
 from qkit.flows.train import TrainData, TrainOptions, train
 from qkit.models import Inputs
 from qkit.pruning.importance import check_importance
@@ -92,6 +94,17 @@ def _check_prune(options: Options) -> None:
         raise UsageError("unknown unit", got=show(options["unit"]), wanted=", ".join(UNITS))
 
 
+_DATA_FREE, _CALIBRATED = ("magnitude", "random"), ("wanda", "sparsegpt")
+
+
+def _check_sparsify(options: Options) -> None:
+    known, method = (*_DATA_FREE, *_CALIBRATED), options["method"]
+    if method not in known:
+        raise UsageError("unknown method", got=show(method), wanted=", ".join(known))
+    with _typed("sparsify"):
+        Sparsity.parse(options["amount"], options["scope"] or METHODS[method])
+
+
 def _check_cluster(options: Options) -> None:
     entries = options["entries"]
     if type(entries) is not int or not 2 <= entries <= 256:
@@ -119,6 +132,11 @@ def _factorize(model: nn.Module, options: Options, given: Given) -> nn.Module:
 
 def _prune(model: nn.Module, options: Options, given: Given) -> nn.Module:
     return prune(model, given.inputs, latency=False, seed=given.seed, **options)[0]
+
+
+def _sparsify(model: nn.Module, options: Options, given: Given) -> nn.Module:
+    real = options["method"] in _CALIBRATED
+    return sparsify(model, seed=given.seed, calib=given.calib if real else None, **options)[0]
 
 
 def _train(model: nn.Module, options: Options, given: Given) -> nn.Module:
@@ -178,6 +196,13 @@ STEPS: dict[str, StepKind] = {
         },
         _check_prune,
         _prune,
+    ),
+    "sparsify": StepKind(
+        "zeros in place of single weights",
+        {"amount": 0.5, "method": "magnitude", "scope": None, "ignore": []},
+        _check_sparsify,
+        _sparsify,
+        real=lambda options: options["method"] in _CALIBRATED,
     ),
     "train": StepKind(
         "training on labelled data",
