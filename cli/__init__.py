@@ -23,6 +23,7 @@ COMMANDS = (
     "quantize",
     "prune",
     "factorize",
+    "compress",
     "inspect",
     "verify",
     "compare",

@@ -12,6 +12,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from qkit.flows import Comparison, Node, PerLayer, RatePoint
+from qkit.flows.compress import Ledger
 from qkit.report import LayerRow, Report
 from qkit.report.pruning import PruneReport
 
@@ -206,6 +207,30 @@ def print_pruning(report: PruneReport) -> None:
     out.print(_pairs(lines))
     for remark in report.remarks:
         out.print(f"note: {remark}")
+
+
+def print_ledger(ledger: Ledger) -> None:
+    """A row for each step, with the change from the first, then the verdict."""
+    out, first = console(), ledger.rows[0]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("after")
+    for name in ("parameters", "not zero", "bytes", "multiply-adds", "latency", *first.metrics):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("took", justify="right")
+    for row in ledger.rows:
+        table.add_row(
+            row.step,
+            f"{row.parameters:,}",
+            f"{row.nonzeros / max(row.parameters, 1):.1%}",
+            f"{size(row.bytes)} ({first.bytes / max(row.bytes, 1):.1f}x)",
+            "" if row.multiply_adds is None else f"{row.multiply_adds:,}",
+            "" if row.latency_ms is None else f"{row.latency_ms:.3g} ms",
+            *(f"{row.metrics[name]:.4g}" for name in first.metrics),
+            f"{row.seconds:.1f} s",
+        )
+    out.print(table)
+    if ledger.artifact:
+        out.print(_pairs({"verified": _verdict(ledger.verification), "artifact": ledger.artifact}))
 
 
 def print_comparison(result: Comparison) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qkit.flows.coded import save_coded as save_coded
     from qkit.flows.compare import compare as compare
     from qkit.flows.compiled import compiled as compiled
+    from qkit.flows.compress import compress as compress
     from qkit.flows.factorize import factorize as factorize
     from qkit.flows.factorize import merge_factors as merge_factors
     from qkit.flows.inspect import inspect as inspect
@@ -43,6 +44,7 @@ _HOMES = {
     "cluster": "qkit.flows",
     "compare": "qkit.flows",
     "compiled": "qkit.flows.compiled",
+    "compress": "qkit.flows.compress",
     "factorize": "qkit.flows",
     "inspect": "qkit.flows",
     "load": "qkit.targets.torch",

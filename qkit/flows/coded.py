@@ -79,9 +79,9 @@ def verify_coded(
 ) -> dict[str, Any]:
     """Decode the coded file ``path`` in a fresh process; the tensors must have the hash it states.
 
-    With ``check`` (the tensors of a check file) and an architecture (of ``model`` or ``source``),
-    it is also loaded there, and must give the outputs. Returns and raises as
-    :func:`qkit.verify` does.
+    With an architecture (of ``model`` or ``source``) it is also loaded there, which takes every
+    tensor strictly, and, with ``check`` (the tensors of a check file), must give the outputs.
+    Returns and raises as :func:`qkit.verify` does.
     """
     artifact = read_artifact(path)
     ways = ["tensors"] + (["module"] if check and (model or source) else [])

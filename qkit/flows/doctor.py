@@ -15,6 +15,8 @@ EXTRAS = {
     "demo": (("scikit-learn", "sklearn"),),
     "hf": (("transformers", "transformers"),),
     "images": (("pillow", "PIL.Image"),),
+    "train": (("accelerate", "accelerate"),),
+    "compress": (("accelerate", "accelerate"), ("PyYAML", "yaml")),
     "pt2e": (("torchao", "torchao"),),
     "xnnpack": (("torchao", "torchao"), ("executorch", "executorch.runtime")),
     "onnx": (

@@ -73,6 +73,8 @@ def _do(job: dict[str, Any]) -> None:
             outputs |= layer_outputs(artifact, Checkpoint(entries))
             continue
         if way == "tensors":
+            if (into := _architecture(job)) is not None:
+                load(artifact.path, into=into)  # strictly
             facts[DIGEST] = digest(read_weights(artifact))
             continue
         if way == "transformers":

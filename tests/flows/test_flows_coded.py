@@ -128,6 +128,27 @@ def test_every_byte_has_its_place(written):
     assert "weight_levels" not in stored  # they follow from the codebook
 
 
+ARCHITECTURE = """
+from torch import nn
+
+def fits():
+    return nn.Sequential(nn.Linear(33, 31), nn.ReLU(), nn.Linear(31, 7))
+
+def other():
+    return nn.Sequential(nn.Linear(33, 31), nn.ReLU(), nn.Linear(31, 8))
+"""
+
+
+def test_verifying_with_an_architecture(mlp, tmp_path, monkeypatch):
+    (tmp_path / "net_of_coded.py").write_text(ARCHITECTURE)
+    monkeypatch.chdir(tmp_path)
+    qmodel, _ = qkit.cluster(mlp, 4, latency=False)
+    qkit.save_coded(qmodel, "net.qkit")
+    assert qkit.verify("net.qkit", model="net_of_coded:fits")["status"] == "verified"
+    with pytest.raises(VerificationError, match="not the one that was quantized"):
+        qkit.verify("net.qkit", model="net_of_coded:other")
+
+
 def test_comparing_with_the_float_model(clustered, written, x):
     result = qkit.compare(clustered[0], written, x)
     assert result.output is not None
@@ -181,7 +202,9 @@ def test_another_content_is_found(written, tmp_path):
 
 @pytest.mark.usefixtures("same_process")
 def test_tied_weights_stay_tied(tmp_path):
-    qmodel, report = qkit.cluster(Tied().eval(), 4, inputs=torch.randint(0, 11, (2, 5)))
+    qmodel, report = qkit.cluster(
+        Tied().eval(), 4, inputs=torch.randint(0, 11, (2, 5)), latency=False
+    )
     assert [row.note for row in report.layers][1].startswith("tied to table")
     qkit.save_coded(qmodel, tmp_path / "tied.qkit")
     again = qkit.load(tmp_path / "tied.qkit", into=Tied)
@@ -209,7 +232,8 @@ def test_a_pruned_float_model_is_coded_exactly(tmp_path):
 
 @pytest.mark.usefixtures("same_process")
 @pytest.mark.parametrize("scheme", ["w8a16", "w4a16-g32-asym", "nf4", "w8a8", "fp8", "bf16"])
-def test_every_scheme_can_be_coded(scheme, tmp_path, mlp):
+def test_every_scheme_can_be_coded(scheme, tmp_path, mlp, monkeypatch):
+    monkeypatch.setattr("qkit.flows.evaluate.fill_latency", lambda *given: None)
     torch.save(mlp, tmp_path / "net.pt")
     request = Request(
         str(tmp_path / "net.pt"), scheme, output=str(tmp_path / "n.qkit"), format="coded"

@@ -251,3 +251,29 @@ def test_transformers_refuses_the_artifact_instead_of_misreading_it(
     quantize_file(Request(str(folder), output=str(out)))
     with pytest.raises((OSError, ValueError), match="config"):
         AutoModel.from_pretrained(out)
+
+
+def test_factors_that_know_data_are_nearer_than_those_of_the_weights(model, batch, calib):
+    """Half of the parameters of the linear layers; without any training after it."""
+    from qkit.models import from_npz, split
+
+    left = {"amount": 0.5, "ignore": ["re:embeddings", "pooler"], "latency": False}
+    plain, report = qkit.factorize(model, inputs=batch, **left)
+    aware, _ = qkit.factorize(model, calib=split(from_npz(calib, model), 32), **left)
+    rows = [row for row in report.layers if row.scheme]
+    assert len(rows) == 36
+    assert all(row.bits_per_weight <= 16 for row in rows)  # of 32
+    cosines = []
+    for small in (plain, aware):
+        pair = [embed(hidden(m, batch), batch) for m in (model, small)]
+        cosines.append(float(nn.functional.cosine_similarity(*pair).mean()))
+    assert cosines[1] > cosines[0]
+
+
+def test_at_full_rank_the_factors_merge_to_the_weights(model, calib):
+    from qkit.algorithms.low_rank import pair, spectrum
+
+    weight = model.encoder.layer[0].intermediate.dense.weight.detach()
+    a, b = pair(weight, spectrum(weight), min(weight.shape))
+    # Factors rounded to fp32, and 384 products summed in fp32.
+    assert (b @ a - weight).abs().max() <= 384 * 2.0**-24 * weight.abs().max()

@@ -1,0 +1,79 @@
+"""``qkit compress``."""
+
+from __future__ import annotations
+
+import click
+from qkit.cli.common import (
+    architecture_options,
+    debug_option,
+    json_option,
+    print_json,
+    quiet_option,
+    set_threads,
+    threads_option,
+)
+
+
+@click.command(short_help="Follow a recipe of steps, with a ledger.")
+@click.argument("recipe", type=click.Path())
+@click.argument("path", type=click.Path())
+@click.option("-o", "--output", type=click.Path(), help="What to write [NAME-compressed].")
+@click.option(
+    "--work",
+    type=click.Path(),
+    metavar="FOLDER",
+    help="Keep the model after each step there, and go on behind what is there.",
+)
+@architecture_options
+@click.option("--dry-run", is_flag=True, help="Check everything, show the plan, write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact at the output.")
+@threads_option
+@json_option
+@quiet_option
+@debug_option
+def command(
+    recipe: str,
+    path: str,
+    output: str | None,
+    work: str | None,
+    model: str | None,
+    trust_pickle: bool,
+    dry_run: bool,
+    overwrite: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Follow RECIPE (YAML or JSON) on the model in PATH, and verify each step.
+
+    \b
+    steps:
+      - factorize: {amount: 0.5}
+      - prune: {amount: 0.5}        # sparsify: {amount: 0.9} for single weights
+      - train: {epochs: 5}
+      - cluster: {entries: 16}      # or quantize: {scheme: w8a16}
+    data: train.npz                 # inputs and labels, or module:function
+    val: test.npz
+    format: coded                   # or qkit, a folder
+    """
+    from qkit.cli.table import print_ledger
+
+    from qkit.flows.compress import CompressRequest, compress_file, read_recipe
+    from qkit.flows.compress.run import plan_lines
+
+    set_threads(threads)
+    talk = not (quiet or as_json)
+
+    def told(text: str) -> None:
+        if talk:
+            click.echo(text, err=True)
+
+    request = CompressRequest(recipe, path, output, work, model, trust_pickle, overwrite, dry_run)
+    if talk and dry_run:
+        click.echo("\n".join(plan_lines(read_recipe(recipe))))
+    ledger = compress_file(request, told=told)
+    if as_json:
+        print_json(ledger.to_json())
+    elif not quiet:
+        print_ledger(ledger)
