@@ -23,6 +23,7 @@ COMMANDS = (
     "quantize",
     "prune",
     "factorize",
+    "distill",
     "compress",
     "inspect",
     "verify",

@@ -14,6 +14,7 @@ from rich.tree import Tree
 from qkit.flows import Comparison, Node, PerLayer, RatePoint
 from qkit.flows.compress import Ledger
 from qkit.report import LayerRow, Report
+from qkit.report.distill import DistillReport
 from qkit.report.pruning import PruneReport
 
 MAX_ROWS = 60
@@ -204,6 +205,23 @@ def print_pruning(report: PruneReport) -> None:
     lines["cost"] = f"{report.seconds:.1f} s, peak memory {size(report.peak_rss_bytes)}"
     if report.artifact:
         lines["artifact"] = report.artifact
+    out.print(_pairs(lines))
+    for remark in report.remarks:
+        out.print(f"note: {remark}")
+
+
+def print_distillation(report: DistillReport) -> None:
+    """The metrics of both, then the totals and the verdict."""
+    lines = {"parameters": f"{report.before['params']:,} -> {report.after['params']:,}"}
+    for name, values in report.metrics.items():
+        lines[name] = ", ".join(f"{key} {value:g}" for key, value in values.items())
+    done = report.training
+    lines["training"] = f"{len(done['history'])} epochs, the best was {done['best_epoch']}"
+    lines["verified"] = _verdict(report.verification)
+    lines["cost"] = f"{report.seconds:.1f} s, peak memory {size(report.peak_rss_bytes)}"
+    if report.artifact:
+        lines["artifact"] = report.artifact
+    out = console()
     out.print(_pairs(lines))
     for remark in report.remarks:
         out.print(f"note: {remark}")

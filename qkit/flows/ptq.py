@@ -23,6 +23,7 @@ from qkit.flows.rows import (
     underflow,
     zeroed,
 )
+from qkit.graph import quiet
 from qkit.models import Inputs
 from qkit.nn import QUANTIZED, Entry, QLayer, open_modules, opening, survey, swap
 from qkit.nn.computed import detached
@@ -280,7 +281,8 @@ def copied(model: nn.Module, replaced: list[Any]) -> nn.Module:
     """A copy of ``model`` that shares the parameters that will be ``replaced``."""
     memo = {id(tensor): tensor for tensor in replaced}
     try:
-        return copy.deepcopy(model, memo | detached(model))
+        with quiet():  # torch deprecates what the copy of a program of its own does
+            return copy.deepcopy(model, memo | detached(model))
     except Exception as error:  # a model may hold anything: locks, handles, non-leaf tensors
         raise UsageError(
             f"the model cannot be copied: {error}", fix="in_place=True, if it may be changed"

@@ -19,12 +19,13 @@ from qkit.targets.torch import load as load_artifact
 
 
 def pruned_artifact(path: str | Path) -> Artifact | None:
-    """The artifact at ``path``, if its weights are floats as those of a model are: a pruned or
-    factorized one."""
+    """The artifact at ``path``, if its weights are floats as those of a model are: a pruned, a
+    factorized or a distilled one."""
     if not (Path(path) / META).is_file():
         return None
     artifact = read_artifact(path)
-    changed = artifact.edits or artifact.factorized
+    distilled = (artifact.meta.get("recipe") or {}).get("step") == "distill"
+    changed = artifact.edits or artifact.factorized or distilled
     return artifact if changed and not artifact.layers else None
 
 

@@ -61,3 +61,37 @@ def test_what_makes_no_sense(folder, tmp_path, main, options, code, message):
     done = main("quantize", folder / "net.pt", *given, "-o", tmp_path / "out")
     assert (done.code, message in done.error) == (code, True), done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_distilling_from_the_command_line(folder, tmp_path, main, monkeypatch):
+    torch.manual_seed(0)
+    block = [nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(4)]
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Sequential(*block), nn.Linear(32, 10))
+    torch.save(net, tmp_path / "net.pt")
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), tmp_path / "small.pt")
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 9)), tmp_path / "nine.pt")
+    train = ("--train", folder / "train.npz", "--epochs", "1", "--lr", "0.01")
+    asked = ("distill", tmp_path / "net.pt", *train)
+    out = tmp_path / "out"
+    done = main(*asked, "--keep-layers", "2", "--match", "layers", "--match", "1=1",
+                "--val", folder / "val.npz", "--json", "-o", out)  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.json["kind"] == "distillation"
+    assert done.json["before"]["params"] - done.json["after"]["params"] == 2 * (32 * 32 + 32)
+    assert set(done.json["metrics"]["accuracy"]) == {"teacher", "student"}
+    assert (tmp_path / "out-training" / "best.safetensors").is_file()
+    assert main("verify", out).code == 0
+    shown = main(*asked, "--student", tmp_path / "small.pt", "--cache", "-o", tmp_path / "own")
+    assert shown.code == 0, shown.err
+    assert "teacher" in shown.out
+    assert (tmp_path / "own-training" / "teacher.safetensors").is_file()
+    for options, code, message in (
+        (("--student", tmp_path / "nine.pt"), 3, "teacher and student have different outputs"),
+        ((), 2, "a student is given in one way"),
+        (("--keep-layers", "9"), 2, "fewer layers than its teacher"),
+    ):
+        wrong = main(*asked, *options, "-o", tmp_path / "wrong")
+        assert (wrong.code, message in wrong.error) == (code, True), wrong.err
+    wrong = main("distill", tmp_path / "net.pt", "--keep-layers", "2")
+    assert (wrong.code, "learns from data" in wrong.error) == (2, True)
+    assert not (tmp_path / "wrong").exists()

@@ -25,10 +25,12 @@ LABELS = ("labels", "label", "targets", "target", "y")
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model is called with, and what it should answer (None: nothing is known)."""
+    """What the model is called with, and what it should answer (None: nothing is known); what a
+    teacher ``taught`` about it, where that is stored."""
 
     inputs: Inputs
     targets: Tensor | None
+    taught: Tensor | None = None
 
     def __len__(self) -> int:
         return leading(self.inputs)
@@ -49,7 +51,8 @@ class Batch:
         args = tuple(map(change, self.inputs.args))
         kwargs = {name: change(t) for name, t in self.inputs.kwargs.items()}
         targets = None if self.targets is None else change(self.targets)
-        return Batch(replace(self.inputs, args=args, kwargs=kwargs), targets)
+        taught = None if self.taught is None else change(self.taught)
+        return Batch(replace(self.inputs, args=args, kwargs=kwargs), targets, taught)
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,19 @@ class TrainData:
             raise InputError("the training data are empty", where=self.origin)
 
 
-def labelled(inputs: AnyInputs, targets: Tensor | None, origin: str | None = None) -> TrainData:
+def labelled(
+    inputs: AnyInputs,
+    targets: Tensor | None,
+    origin: str | None = None,
+    taught: Tensor | None = None,
+) -> TrainData:
     """Samples in memory: ``inputs`` as in :func:`qkit.quantize`, and their ``targets``.
 
     Raises :class:`~qkit.errors.InputError` for what :meth:`TrainData.epoch` refuses, of all.
     """
     given = as_inputs(inputs)
     name = origin or given.origin
-    whole = _checked(Batch(given, targets), name)
+    whole = _checked(Batch(given, targets, taught), name)
 
     def stream(epoch: int, seed: int, size: int, shuffle: bool) -> Iterator[Batch]:
         order = torch.arange(len(whole))
