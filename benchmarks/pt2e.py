@@ -27,8 +27,10 @@ RESULTS_FILE = RESULTS / "pt2e.jsonl"
 PAGE = ROOT / "docs" / "pt2e.md"
 MODES = {"static": "int8-static", "dynamic": "int8-dynamic"}
 TARGETS = ("inductor", "xnnpack", "onnx")
-# What a dynamic cell must keep; that of a static one is told as it is.
-LEAST_DYNAMIC_DB = 30.0
+# What a cell must keep of the float model's outputs. Of the trained MiniLM, whose activations have
+# outliers, that is a cosine of 0.99, which is 17 dB: 1 - cosine is half of the noise power.
+LEAST_DB = {"static": 10.0, "dynamic": 30.0}
+LEAST_OF = {"MiniLM": 17.0}
 # Batches that the artifact must take besides the one it was made with.
 BATCHES = (1, 3)
 Cell = dict[str, Any]
@@ -83,9 +85,10 @@ def judged(cell: Cell) -> str:
         return f"{cell['ran']} of {cell['expected']} layers run as integers"
     if wrong := [each for each in cell["batches"] if isinstance(each, str)]:
         return f"another batch fails ({', '.join(wrong)})"
-    least = min([cell["sqnr_db"], *cell["batches"]])
-    if cell["mode"] == "dynamic" and least < LEAST_DYNAMIC_DB:
-        return f"{least:.1f} dB, less than {LEAST_DYNAMIC_DB:g}"
+    found = min([cell["sqnr_db"], *cell["batches"]])
+    least = LEAST_OF.get(cell["model"], LEAST_DB[cell["mode"]])
+    if found < least:
+        return f"{found:.1f} dB, less than {least:g}"
     return "passed"
 
 
@@ -139,7 +142,7 @@ MiniLM), lets a fresh process verify and time the artifact in its runtime, and r
 
 A cell is **integer layers that run / expected, SQNR to the float model, speed over the float model
 in the same runtime, size beside the float model's file there**. It is *passed* where all layers
-that should run as integers do, all batches work, and a dynamic one keeps {least:g} dB. Under
+that should run as integers do, all batches work, and at least {least} are kept. Under
 `dynamic` only linear layers (and, for ONNX Runtime, LSTMs) are integer: no runtime here has a
 convolution that is right and faster with ranges taken at each call. A number in brackets is a note.
 
@@ -166,9 +169,8 @@ def page(measured: list[Cell]) -> str:
     rows = [[m, *(text(found.get((m, *column))) for column in columns)] for m in models]
     head = ["model", *(f"{mode}, {target}" for mode, target in columns)]
     passed = sum(r["status"] == "passed" for r in found.values())
-    top = HEAD.format(
-        machine=machine_of(found), least=LEAST_DYNAMIC_DB, passed=passed, count=len(found)
-    )
+    least = " and ".join(f"{db:g} dB ({name})" for name, db in (LEAST_DB | LEAST_OF).items())
+    top = HEAD.format(machine=machine_of(found), least=least, passed=passed, count=len(found))
     told = "".join(f"\n{number}. {note}" for note, number in notes.items())
     return top + markdown(head, rows) + "\n" + (f"{told}\n" if told else "")
 

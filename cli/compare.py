@@ -28,7 +28,7 @@ from qkit.cli.common import (
     "--per-layer",
     is_flag=True,
     help="Quantize each layer of B alone too, and tell which layers to leave in float. B may be an "
-    "artifact of --target onnx or xnnpack, with --calib of its run.",
+    "artifact of a --target other than torch, with --calib of its run.",
 )
 @click.option(
     "--gain",

@@ -166,6 +166,8 @@ def test_pt2e_judges_and_tells_what_is_wrong(monkeypatch: pytest.MonkeyPatch) ->
     assert script.judged(good | {"ran": 2}) == "2 of 3 layers run as integers"
     assert "29.0 dB" in script.judged(good | {"batches": [29.0, 38.0]})
     assert script.judged(good | {"mode": "static", "sqnr_db": 12.0}) == "passed"
+    assert "9.0 dB" in script.judged(good | {"mode": "static", "sqnr_db": 9.0})
+    assert script.judged(good | {"model": "MiniLM", "sqnr_db": 18.0}) == "passed"
     assert "3: InputError" in script.judged(good | {"batches": [37.0, "3: InputError"]})
     lines = [
         good | {"status": "old"},
