@@ -68,7 +68,17 @@ DIALECTS = {
         Dialect("tensorrt", NARROW, False, False, _LAYERS | _MOVES | {"Add"}, frozenset()),
         # oneDNN, through Inductor's fusions, which look for uint8 inputs. What stands between a
         # layer and the rounding of its output (hardswish, silu, gelu) is computed in its kernel.
-        Dialect("inductor", UINT8, True, False, _ALL, _LINEAR, frozenset(), frozenset({"Conv2d"})),
+        # Of Conv1d it takes the sizes for others than they are (torch 2.13).
+        Dialect(
+            "inductor",
+            UINT8,
+            True,
+            False,
+            _ALL - {"Conv1d"},
+            _LINEAR,
+            frozenset(),
+            frozenset({"Conv2d"}),
+        ),
         Dialect("xnnpack", INT8, True, False, _ALL - {"AvgPool2d"} | {"Mul"}, _LINEAR, _LAYERS),
     )
 }

@@ -120,17 +120,22 @@ def test_one_term_of_a_sum_is_left_to_the_kernel_of_the_other(last):
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d])
-def test_one_channel_becomes_two_and_sums_stay(conv, groups):
-    channels = 1 if groups == 1 else 3
-    model = nn.Sequential(conv(channels, 6, 3, padding=1, groups=groups), nn.ReLU()).eval()
-    x = torch.randn(4, channels, *([9] * (1 if conv is nn.Conv1d else 2)))
+def test_one_channel_becomes_two_and_sums_stay(groups):
+    model = nn.Sequential(nn.Conv2d(groups, 6, 3, padding=1, groups=groups), nn.ReLU()).eval()
+    x = torch.randn(4, groups, 9, 9)
     done = convert(model, "int8-static", x, dialect="inductor")
     before = done.module(x)
     after = BACKEND.specialize(done)
-    assert torch.equal(after(x), before) or (after(x) - before).abs().max() <= FP32 * before.max()
+    assert (after(x) - before).abs().max() <= FP32 * before.max()
     weights = {t.shape[1] for t in after.state_dict().values() if t.dtype == torch.int8}
     assert weights == ({1, 2} if groups == 1 else {1})
+
+
+def test_a_convolution_of_one_dimension_is_left_in_float():
+    model = nn.Sequential(nn.Conv1d(5, 6, 3), nn.Flatten(), nn.Linear(42, 3)).eval()
+    done = convert(model, "int8-static", torch.randn(4, 5, 9), dialect="inductor")
+    reasons = {site.owner: site.reason for site in done.sites}
+    assert reasons == {"0": "inductor has no integer Conv1d", "2": None}
 
 
 class Named(nn.Module):
