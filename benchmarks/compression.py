@@ -12,6 +12,8 @@ seed, with the machine and versions in it:
 of the weights that are not zero; ``accuracy_float`` and ``accuracy_compressed`` in percent of the
 test images, the latter of the model loaded from the file, whose tensors a fresh process has found
 to be exactly those in memory; ``parts`` where the bytes of the file go.
+
+The case ``distill`` is another one: :mod:`distillation`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import distillation
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +38,7 @@ from qkit.report import machine, versions
 from qkit.targets.weights import save_tensors
 
 BATCH = 64
+DISTILL = "distill"
 TEMPERATURE = 3.0
 
 
@@ -192,7 +196,7 @@ def run(case: Case, data: Digits, seed: int, folder: Path) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", choices=CASES, action="append")
+    parser.add_argument("--case", choices=[*CASES, DISTILL], action="append")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="One epoch each: to see that it runs.")
     asked = parser.parse_args()
@@ -203,7 +207,11 @@ def main() -> None:
         "machine": machine(),
         "versions": versions(),
     }
-    for name in asked.case or CASES:
+    for name in asked.case or [*CASES, DISTILL]:
+        if name == DISTILL:
+            for record in distillation.records(data, asked.seeds, quick=asked.quick):
+                print(json.dumps({"kind": DISTILL, "case": name} | record | made), flush=True)
+            continue
         case = CASES[name]
         if asked.quick:
             case = replace(case, epochs=1, rounds=1, round_epochs=1, tune_epochs=1)

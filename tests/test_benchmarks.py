@@ -126,6 +126,13 @@ def test_compression() -> None:
     assert {"accuracy_float", "accuracy_compressed"} <= record.keys()
 
 
+def test_distillation() -> None:
+    one, mean = lines("compression", "--case=distill", "--seeds=1")
+    assert one["gain"] == round(one["accuracy_distilled"] - one["accuracy_plain"], 3)
+    assert one["size"] < 0.1
+    assert (mean["mean_gain"], mean["deviation"]) == (one["gain"], 0)
+
+
 def pt2e(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script as a module."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
