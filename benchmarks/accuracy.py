@@ -108,7 +108,7 @@ CASES = {
         lambda n, seed: torch.randint(0, 31, (n, 9), generator=torch.Generator().manual_seed(seed)),
     ),
     "MLP": Case(mlp, features),
-    "MobileNetV2, full": Case(mobilenet_v2, pictures(3, 224)),
+    "MobileNetV2, full": Case(mobilenet_v2, pictures(3, 96)),
 }
 
 

@@ -142,7 +142,25 @@ def compression() -> str:
     return markdown([*head, "weights kept", "accuracy", "of the file"], rows)
 
 
+def accuracy() -> str:
+    """SQNR of int8 on held-out data by treatment, beside ONNX Runtime's own quantization."""
+    records = [r for r in read("accuracy") if "model" in r]
+    treatments = list(dict.fromkeys(r["treatment"] for r in records))
+    rows = []
+    for model in dict.fromkeys(r["model"] for r in records):
+        found = {r["treatment"]: r for r in records if r["model"] == model}
+        cells = []
+        for name in treatments:
+            value = found.get(name, {}).get("sqnr_db")
+            left = found.get(name, {}).get("float")
+            note = f" ({len(left)} of {found[name]['layers']} in float)" if left else ""
+            cells.append("" if value is None else f"{value:.1f}{note}")
+        rows.append([model, *cells])
+    return markdown(["model", *treatments], rows)
+
+
 TABLES = {
+    "accuracy": accuracy,
     "compression": compression,
     "quality": quality,
     "speed": speed,

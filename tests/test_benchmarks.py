@@ -218,3 +218,15 @@ def test_pruning() -> None:
             assert record["speedup"] > 0
         else:  # a library that may not be installed, and may fail
             assert "reason" in record or record["macs"] <= 0.5
+
+
+def test_accuracy_is_at_least_that_of_onnxruntime() -> None:
+    script = str(ROOT / "benchmarks" / "accuracy.py")
+    command = [sys.executable, "-W", "ignore", script, "--models", "MLP"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    head, *records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert head["machine"]["cpu"]
+    found = {r["treatment"]: r["sqnr_db"] for r in records}
+    assert found["static, minmax"] >= found["onnxruntime static"] > 20
+    assert found["dynamic"] >= 30
