@@ -28,7 +28,7 @@ def _product(
     last = len(x.shape) - 1
     if bias is not None:
         facts.labels.join(rows, bias.ids(-1))
-    facts.made.append(rows)
+    facts.make(a.module, rows)
     facts.costs.append(Cost(a.module, math.prod(x.shape[:-1]), (inside, rows)))
     out = x.moved(a.shape, {axis: axis for axis in range(last)})
     return Layout(facts.labels, a.shape, (*out.factors, ((last,), rows)))
@@ -53,7 +53,8 @@ def matmul(facts: Facts, a: Args) -> Layout:
         shape = [1] * (rank - len(side.shape)) + list(side.shape[:-2]) + [1, 1]
         shape[kept] = side.shape[kept]
         sides.append(side.moved(shape, where | {len(side.shape) + kept: rank + kept}))
-    facts.made += [sides[1].ids(-1)] if len(y.shape) == 2 else []
+    if len(y.shape) == 2:
+        facts.make(a.module, sides[1].ids(-1))
     axes = (x.ids(-1), x.ids(-2), y.ids(-1))
     batch = tuple(max((s.ids(k) for s in (x, y) if len(s.shape) == rank), key=len)
                   for k in range(rank - 2))  # fmt: skip
@@ -135,7 +136,7 @@ def convolution(facts: Facts, a: Args) -> Layout:
             facts.counts.append(Count(a.module, attribute, ids))
     if a.bias is not None:
         labels.join(rows, a.bias.ids(0))
-    facts.made.append(rows)
+    facts.make(a.module, rows)
     pixels = x if turned else Layout(labels, a.shape)
     size = math.prod(pixels.shape[channel + 1 :]) * math.prod(weight.shape[2:])
     size *= x.shape[0] if batched else 1
@@ -194,7 +195,7 @@ def embedding(facts: Facts, a: Args) -> Layout:
     """Rows are looked up by number, and stay; their features are the last axis."""
     weight, indices = a.weight, a.indices
     weight.freeze(0)
-    facts.made.append(weight.ids(1))
+    facts.make(a.module, weight.ids(1))
     out = indices.moved(a.shape, {axis: axis for axis in range(len(indices.shape))})
     last = len(a.shape) - 1
     return Layout(facts.labels, a.shape, (*out.factors, ((last,), weight.ids(1))))
@@ -230,7 +231,7 @@ def recurrent(facts: Facts, a: Args) -> tuple[Layout, ...]:
                 Cost(a.module, steps, (w_hidden.ids(0), w_hidden.ids(1))),
             ]
         given = np.tile(hidden, sides)
-    facts.made.append(hidden)
+    facts.make(a.module, hidden)
     states = a.hx if isinstance(a.hx, list | tuple) else [a.hx]
     for state in states:
         if not state.blank:
@@ -252,7 +253,7 @@ def cell(facts: Facts, a: Args) -> Layout | tuple[Layout, ...]:
     for state in a.hx if isinstance(a.hx, list | tuple) else [a.hx]:
         if not state.blank:
             labels.join(state.ids(-1), hidden)
-    facts.made.append(hidden)
+    facts.make(a.module, hidden)
     steps = math.prod(a.input.shape[:-1])
     for weight in (a.w_ih, a.w_hh):
         facts.costs.append(Cost(a.module, steps, (weight.ids(0), weight.ids(1))))

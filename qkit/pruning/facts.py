@@ -61,9 +61,9 @@ class Site:
 class Facts:
     """All that is known of a traced model.
 
-    ``made`` are the labels of what weights put out: only these can be removed. ``stops`` counts
-    the operations through which labels are not followed, and ``through_norms`` says whether
-    channels are removed that a normalisation or a mean goes over.
+    ``made`` are the labels of what the weights of a module put out: only these can be removed.
+    ``stops`` counts the operations through which labels are not followed, and ``through_norms``
+    says whether channels are removed that a normalisation or a mean goes over.
     """
 
     through_norms: bool = False
@@ -72,7 +72,7 @@ class Facts:
     costs: list[Cost] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
-    made: list[Ids] = field(default_factory=list)
+    made: list[tuple[str, Ids]] = field(default_factory=list)
     stops: Counter[str] = field(default_factory=Counter)
 
     def slot(self, tensor: Tensor, name: str) -> Slot:
@@ -91,6 +91,10 @@ class Facts:
             for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None:
                     self.slot(tensor, f"{prefix}.{leaf}" if prefix else leaf)
+
+    def make(self, module: str, ids: Ids) -> None:
+        """The weights of ``module`` put out ``ids``."""
+        self.made.append((module, ids))
 
     def mention(self, modules: tuple[str, ...], line: str, *layouts: Layout) -> None:
         """The code of ``modules`` may say the sizes of ``layouts`` by attributes, in ``line``."""
@@ -118,7 +122,7 @@ class Facts:
         self.costs = [replace(cost, axes=tuple(map(find, cost.axes))) for cost in self.costs]
         self.counts = [replace(count, ids=find(count.ids)) for count in self.counts]
         self.sites = [replace(site, ids=find(site.ids)) for site in self.sites]
-        self.made = [find(ids) for ids in self.made]
+        self.made = [(module, find(ids)) for module, ids in self.made]
 
 
 def left(ids: Ids, removed: np.ndarray, dim: int = 0) -> int:

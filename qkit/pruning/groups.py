@@ -34,11 +34,11 @@ class Group:
 
 
 def groups_of(facts: Facts, model: nn.Module, ignore: Sequence[str] = ()) -> list[Group]:
-    """The groups of ``model``, but for those with a tensor of a module that ``ignore`` names.
+    """The groups of ``model``, but for the outputs of modules that ``ignore`` names.
 
     Raises :class:`~qkit.errors.UsageError` for a name that matches no module.
     """
-    made = np.unique(np.concatenate([np.zeros(1, np.int64), *facts.made]))
+    made = np.unique(np.concatenate([np.zeros(1, np.int64), *(ids for _, ids in facts.made)]))
     held = _held(facts, model, ignore)
     where: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for key, slot in facts.slots.items():
@@ -66,13 +66,10 @@ def _held(facts: Facts, model: nn.Module, ignore: Sequence[str]) -> set[int]:
     for rule in rules:
         if not any(rule.matches(*each) for each in modules):
             raise UsageError("no layer is called so", got=rule.match)
-    kinds = dict(modules)
-    held: set[int] = set()
-    for slot in facts.slots.values():
-        owners = [name.rpartition(".")[0] for name in slot.names]
-        if any(rule.matches(owner, kinds[owner]) for rule in rules for owner in owners):
-            # Its own outputs stay, and its inputs may shrink.
-            held |= set(slot.axes[0].tolist()) if slot.axes else set()
+    kinds, held = dict(modules), set[int]()
+    for module, ids in facts.made:
+        if any(rule.matches(module, kinds.get(module, "")) for rule in rules):
+            held |= set(ids.tolist())
     return held
 
 

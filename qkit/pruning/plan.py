@@ -74,6 +74,8 @@ class Ranking:
     def _kept(self, group: Group, wanted: int) -> int:
         """``wanted`` units, to the nearest block, at least one and what must be kept."""
         total = len(group.units)
+        if wanted == total:
+            return total
         block = self.limits.round_to // math.gcd(self.limits.round_to, group.width)
         while block > 1 and total < BLOCKS * block:
             block = (block + 1) // 2

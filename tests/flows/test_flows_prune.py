@@ -134,6 +134,28 @@ def test_what_is_ignored_keeps_its_outputs(images):
     assert not any(row.name in ("stem", "again") for row in report.groups)
 
 
+def test_the_outputs_of_a_transposed_convolution_are_ignored_too():
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ConvTranspose2d(16, 17, 2, 2, bias=False), nn.Conv2d(17, 4, 3)
+    ).eval()
+    x = torch.randn(1, 3, 6, 6)
+    smaller, report = qkit.prune(model, x, amount=0.3, ignore=["1"], latency=False)
+    assert [row.name for row in report.groups] == ["0"]
+    assert smaller[1].out_channels == 17
+    assert smaller[1].in_channels < 16
+
+
+def test_what_has_no_measure_stays_whole():
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 17, 3), nn.Conv2d(17, 4, 1)
+    ).eval()
+    smaller, report = qkit.prune(
+        model, torch.randn(1, 3, 8, 8), amount=0.3, importance="bn", latency=False
+    )
+    assert smaller[2].out_channels == 17
+    assert any("no measure" in remark for remark in report.remarks)
+
+
 def test_at_least_what_must_be_kept_stays(images):
     smaller, _ = qkit.prune(Net(), images, amount=0.4, keep=3, latency=False)
     assert smaller.heads >= 3
