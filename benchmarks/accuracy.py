@@ -193,7 +193,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES))
     chosen = parser.parse_args().models
-    print(json.dumps({"machine": machine(), "versions": versions()}), flush=True)
+    head = {"command": "python benchmarks/accuracy.py", "machine": machine()}
+    print(json.dumps(head | {"versions": versions()}), flush=True)
     for name in chosen:
         for line in measured(name, CASES[name]):
             print(json.dumps(line), flush=True)
