@@ -52,7 +52,10 @@ def embed(hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
-@pytest.mark.parametrize(("target", "scheme"), [("onnx", "int8-static"), ("onnx", "int8-dynamic")])
+@pytest.mark.parametrize(
+    ("target", "scheme"),
+    [("onnx", "int8-static"), ("onnx", "int8-dynamic"), ("xnnpack", "int8-dynamic")],
+)
 def test_embeddings_of_sentences_that_were_not_calibrated_with(
     model, batches, tmp_path, target, scheme
 ):
