@@ -12,21 +12,53 @@ from torch import Tensor, nn
 from qkit.errors import VerificationError
 from qkit.flows.check import model_check
 from qkit.flows.evaluate import eval_mode, fill_cost, for_dtype
+from qkit.flows.ptq import Obstacle
 from qkit.flows.save import complete, fill_files, head
 from qkit.flows.verify import verify_runtime
 from qkit.models import Inputs, Source, run
-from qkit.nn import QLayer, swap
+from qkit.nn import Entry, QLayer, swap
 from qkit.numerics import dequantize
 from qkit.packing import tensor_specs
 from qkit.report import Report, compare, package_version
 from qkit.spec import Scheme
 from qkit.targets import COMPRESSED, GGUF
 from qkit.targets.artifact import CHECK, CONFIG, WEIGHTS, Artifact, read_artifact, write_meta
-from qkit.targets.compressed_tensors import quantization_config, to_format
+from qkit.targets.compressed_tensors import layer_obstacle, quantization_config, to_format
 from qkit.targets.gguf import MAGIC, write_gguf
 from qkit.targets.staging import as_output_error, check_file_destination, parents, staged
 from qkit.targets.torch import copy_config
 from qkit.targets.weights import describe_weights, save_tensors
+
+
+def compressed_obstacle(model: nn.Module, inputs: Inputs | None, acts: bool) -> Obstacle:
+    """Why layers of ``model`` stay in float in a compressed-tensors folder.
+
+    With int8 activations (``acts``) also what takes an input of two dimensions, as some layer that
+    ``inputs`` show does: compressed-tensors rounds it as a whole, not row by row.
+    """
+    flat: set[nn.Module] = set()
+    layers = {n: m for n, m in model.named_modules() if acts and isinstance(m, nn.Linear)}
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args and args[0].dim() < 3:
+            flat.add(module)
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+    try:
+        if layers and inputs is not None:
+            with eval_mode(model):
+                run(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names = {name for name, layer in layers.items() if layer in flat}
+
+    def obstacle(entry: Entry, scheme: Scheme) -> str | None:
+        if entry.name in names:
+            return "compressed-tensors would round its input, of two dimensions, as a whole"
+        return layer_obstacle(entry, scheme)
+
+    return obstacle
 
 
 def save_compressed_tensors(

@@ -27,7 +27,7 @@ from qkit.flows.evaluate import (
     new_report,
     tensor_bytes,
 )
-from qkit.flows.export import save_compressed_tensors, save_gguf
+from qkit.flows.export import compressed_obstacle, save_compressed_tensors, save_gguf
 from qkit.flows.ptq import Obstacle, Progress, no_obstacle, no_progress, quantize_module
 from qkit.flows.save import check_budgets, save
 from qkit.flows.source import open_source, request_inputs
@@ -285,8 +285,11 @@ def quantize_file(
     )
     data = request_inputs(request, loaded)
     inputs = few(data)
+    # Layers that are left in float because the format of the output has no place for them.
+    obstacle: Obstacle = gguf.layer_obstacle if request.format == GGUF else no_obstacle
     if request.format == COMPRESSED:
         _check_transformers(request, loaded, inputs)
+        obstacle = compressed_obstacle(model, inputs, acts=scheme.input is not None)
         change = compressed_tensors.as_stored(model)
         scheme, recipe = change(scheme), recipe.with_schemes(change)
     qmodel, report = _quantize(
@@ -300,7 +303,7 @@ def quantize_file(
         latency=not request.dry_run,
         progress=progress,
         start=start,
-        obstacle=_OBSTACLES.get(request.format, no_obstacle),
+        obstacle=obstacle,
     )
     report.target = request.target
     report.remarks += loaded.source.notes
@@ -330,13 +333,6 @@ def quantize_file(
     else:
         save(qmodel, out, trust_pickle=request.trust_pickle, **given)
     return report
-
-
-# Layers that are left in float because the format of the output has no place for them.
-_OBSTACLES: dict[str, Obstacle] = {
-    COMPRESSED: compressed_tensors.layer_obstacle,
-    GGUF: gguf.layer_obstacle,
-}
 
 
 # Formats of one file: what its name ends in where it is not given, and what it begins with.

@@ -23,9 +23,9 @@ It also decides what becomes of ``input_activations``. With ``true`` transformer
 the configuration to the model, and activations stay exact. With ``false`` compressed-tensors rounds
 the input of each layer to -128..127 with the scale ``max|x| / 127.5``; so do qkit's layers of this
 format (:func:`as_stored`). An input of two dimensions it rounds as a whole, not row by row.
-So ``w8a8`` folders say ``false`` where that reproduces qkit's outputs, and else (encoder-decoders,
-for the reason above, and models whose layers take such inputs) ``true``: then the weights are what
-is verified.
+So layers with such inputs stay in float, and ``w8a8`` folders say ``false`` where that reproduces
+qkit's outputs, and else (encoder-decoders, for the reason above) ``true``: then the weights are
+what is verified.
 """
 
 from __future__ import annotations

@@ -61,9 +61,8 @@ CASES = {
     "llama-w8a8": "llama",
     "t5-w8a8": "t5",
 }
-# Whose int8 activations transformers cannot have: BERT's pooler takes an input of two dimensions,
-# which compressed-tensors rounds as a whole, and T5 is an encoder-decoder.
-EXACT = {"bert-w8a8", "t5-w8a8"}
+# Whose int8 activations transformers cannot have: an encoder-decoder.
+EXACT = {"t5-w8a8"}
 
 # Plain transformers: this process never imports qkit.
 READER = """
@@ -188,6 +187,14 @@ def test_what_the_format_lacks_is_left_with_a_reason(tmp_path, fast):
     assert {r.name.rpartition(".")[2] for r in report.layers if r.scheme} == {"down_proj"}
     reasons = {r.reason for r in report.layers if r.name.endswith("q_proj")}
     assert reasons == {"its 64 columns are no multiple of 40: compressed-tensors needs that"}
+
+
+def test_an_input_that_the_library_would_round_as_a_whole_keeps_its_layer_in_float(written):
+    rows = {r.name: r.reason for r in written["reports"]["bert-w8a8"].layers if r.kind == "Linear"}
+    left = {name for name, reason in rows.items() if reason}
+    assert left == {"bert.pooler.dense", "classifier"}
+    assert "of two dimensions" in rows["classifier"]
+    assert not any(r.reason for r in written["reports"]["bert-w8a16"].layers if r.kind == "Linear")
 
 
 def test_a_model_without_linear_layers_is_refused(tmp_path):
