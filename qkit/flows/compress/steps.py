@@ -22,7 +22,7 @@ from qkit.flows.train import TrainData, TrainOptions, train
 from qkit.models import Inputs
 from qkit.pruning.importance import check_importance
 from qkit.pruning.masks import Masks
-from qkit.pruning.plan import check_amount
+from qkit.pruning.plan import ROUND_TO, check_amount
 from qkit.pruning.structured import UNITS
 from qkit.spec.plain import show
 
@@ -190,7 +190,7 @@ STEPS: dict[str, StepKind] = {
             "importance": "l1",
             "ignore": [],
             "keep": 1,
-            "round_to": 8,
+            "round_to": ROUND_TO,
             "per_layer": False,
             "through_norms": False,
         },
