@@ -49,6 +49,16 @@ def calib_option(what: str) -> Decorator:
     )
 
 
+def ignore_option(what: str) -> Decorator:
+    """``--ignore``: layers to leave alone."""
+    return click.option(
+        "--ignore",
+        multiple=True,
+        metavar="NAME",
+        help=f"{what}: its full name, a class name, or re:PATTERN. Repeatable.",
+    )
+
+
 image_option = click.option(
     "--image",
     multiple=True,
@@ -95,6 +105,24 @@ def size_bytes(text: str | None) -> int | None:
         raise UsageError("not a size", got=repr(text), wanted="such as 500MB or 2GB")
     base = 1024 if match[3] else 1000
     return int(match[1]) * int(base ** " KMGT".index(match[2].upper() or " "))
+
+
+def teller(enabled: bool) -> Callable[[str], None]:
+    """What prints a line on standard error, or, unless ``enabled``, nothing."""
+
+    def told(text: str) -> None:
+        if enabled:
+            click.echo(text, err=True)
+
+    return told
+
+
+def print_result(report: Any, show: Callable[[Any], None], *, as_json: bool, quiet: bool) -> None:
+    """Print a report: as JSON, as ``show`` does, or not at all."""
+    if as_json:
+        click.echo(report.dumps(), nl=False)
+    elif not quiet:
+        show(report)
 
 
 def print_json(data: Any) -> None:

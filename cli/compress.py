@@ -10,6 +10,7 @@ from qkit.cli.common import (
     print_json,
     quiet_option,
     set_threads,
+    teller,
     threads_option,
 )
 
@@ -65,14 +66,10 @@ def command(
     set_threads(threads)
     talk = not (quiet or as_json)
 
-    def told(text: str) -> None:
-        if talk:
-            click.echo(text, err=True)
-
     request = CompressRequest(recipe, path, output, work, model, trust_pickle, overwrite, dry_run)
     if talk and dry_run:
         click.echo("\n".join(plan_lines(read_recipe(recipe))))
-    ledger = compress_file(request, told=told)
+    ledger = compress_file(request, told=teller(talk))
     if as_json:
         print_json(ledger.to_json())
     elif not quiet:

@@ -9,10 +9,12 @@ from qkit.cli.common import (
     architecture_options,
     debug_option,
     json_option,
+    print_result,
     progress_bar,
     quiet_option,
     seed_option,
     set_threads,
+    teller,
     threads_option,
 )
 from qkit.cli.training import training_options, training_request
@@ -101,15 +103,10 @@ def command(
     if training is None:
         raise UsageError("a student learns from data", fix="--train DATA")
 
-    def told(text: str) -> None:
-        if talk:
-            click.echo(text, err=True)
-
     with progress_bar("distilling", enabled=talk) as progress:
         report = distill_file(
-            DistillRequest(path=path, training=training, **options), progress=progress, told=told
+            DistillRequest(path=path, training=training, **options),
+            progress=progress,
+            told=teller(talk),
         )
-    if as_json:
-        click.echo(report.dumps(), nl=False)
-    elif not quiet:
-        print_distillation(report)
+    print_result(report, print_distillation, as_json=as_json, quiet=quiet)

@@ -8,10 +8,13 @@ import click
 from qkit.cli.common import (
     architecture_options,
     debug_option,
+    ignore_option,
     json_option,
+    print_result,
     quiet_option,
     seed_option,
     set_threads,
+    teller,
     threads_option,
 )
 
@@ -38,12 +41,7 @@ from qkit.cli.common import (
     help="Factors of convolutions: channel, spatial, tucker, cp or none.",
 )
 @click.option("-o", "--output", type=click.Path(), help="Folder to write [NAME-factorized].")
-@click.option(
-    "--ignore",
-    multiple=True,
-    metavar="NAME",
-    help="Leave a layer: its full name, a class name, or re:PATTERN. Repeatable.",
-)
+@ignore_option("Leave a layer")
 @click.option(
     "--input", "input_spec", metavar="SHAPE", help="Random inputs to compare on: 1x3x224x224."
 )
@@ -90,13 +88,6 @@ def command(
     set_threads(threads)
     wanted = Wanted(amount, energy, rank, sensitivity, conv, ignore)
 
-    def told(text: str) -> None:
-        if not (quiet or as_json):
-            click.echo(text, err=True)
-
     request = Request(path=path, input=input_spec, ignore=ignore, **options)
-    report = factorize_file(request, wanted, told=told)
-    if as_json:
-        click.echo(report.dumps(), nl=False)
-    elif not quiet:
-        print_report(report)
+    report = factorize_file(request, wanted, told=teller(not (quiet or as_json)))
+    print_result(report, print_report, as_json=as_json, quiet=quiet)

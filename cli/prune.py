@@ -8,11 +8,14 @@ import click
 from qkit.cli.common import (
     architecture_options,
     debug_option,
+    ignore_option,
     image_option,
     json_option,
+    print_result,
     quiet_option,
     seed_option,
     set_threads,
+    teller,
     threads_option,
 )
 
@@ -39,12 +42,7 @@ from qkit.cli.common import (
     help="What goes first: l1, l2, bn, activation, random; taylor (needs --loss).",
 )
 @click.option("-o", "--output", type=click.Path(), help="Folder to write [NAME-pruned].")
-@click.option(
-    "--ignore",
-    multiple=True,
-    metavar="NAME",
-    help="Keep the outputs of a layer: its full name, a class name, or re:PATTERN. Repeatable.",
-)
+@ignore_option("Keep the outputs of a layer")
 @click.option(
     "--keep",
     type=click.IntRange(min=1),
@@ -101,14 +99,5 @@ def command(
     from qkit.flows.prune import PruneRequest, prune_file
 
     set_threads(threads)
-    talk = not (quiet or as_json)
-
-    def told(text: str) -> None:
-        if talk:
-            click.echo(text, err=True)
-
-    report = prune_file(PruneRequest(path=path, **options), told=told)
-    if as_json:
-        click.echo(report.dumps(), nl=False)
-    elif not quiet:
-        print_pruning(report)
+    report = prune_file(PruneRequest(path=path, **options), told=teller(not (quiet or as_json)))
+    print_result(report, print_pruning, as_json=as_json, quiet=quiet)

@@ -10,14 +10,17 @@ from qkit.cli.common import (
     architecture_options,
     calib_option,
     debug_option,
+    ignore_option,
     image_option,
     json_option,
+    print_result,
     progress_bar,
     quiet_option,
     runtime_cache_option,
     seed_option,
     set_threads,
     size_bytes,
+    teller,
     threads_option,
 )
 from qkit.cli.training import training_options, training_request
@@ -84,12 +87,7 @@ if TYPE_CHECKING:
 )
 @click.option("-o", "--output", type=click.Path(), help="Folder (or file) to write [NAME-SCHEME].")
 @click.option("--group-size", type=int, help="Weights that share a scale; -1 for whole rows.")
-@click.option(
-    "--ignore",
-    multiple=True,
-    metavar="NAME",
-    help="Leave a layer in float: its full name, a class name, or re:PATTERN. Repeatable.",
-)
+@ignore_option("Leave a layer in float")
 @click.option(
     "--input",
     "input_spec",
@@ -214,10 +212,7 @@ def command(
         raise UsageError("--stream is for qkit's own quantization", got=f"--backend {backend}")
     request = Request(path=path, input=input_spec, training=training, **options)
 
-    def told(text: str) -> None:
-        if talk:
-            click.echo(text, err=True)
-
+    told = teller(talk)
     lowered = request.target in LOWERED
     if lowered and (stream or streaming or backend != "qkit"):
         raise UsageError("--stream and --backend are for --target torch")
@@ -235,7 +230,4 @@ def command(
         flow = stream_file if choice.streamed else quantize_file
     with progress_bar("quantizing", enabled=talk, count_bytes=flow is stream_file) as progress:
         report = flow(request, progress=progress, told=told, **streaming)
-    if as_json:
-        click.echo(report.dumps(), nl=False)
-    elif not quiet:
-        print_report(report)
+    print_result(report, print_report, as_json=as_json, quiet=quiet)

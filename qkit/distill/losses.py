@@ -20,8 +20,7 @@ def soft_targets(
     arXiv 1503.02531, section 2). Raises :class:`~qkit.errors.InputError` for other shapes.
     """
     check_alike(student, teacher)
-    if not 0 < temperature < float("inf"):
-        raise UsageError("a temperature is more than 0, and finite", got=temperature)
+    check_temperature(temperature)
     axis = 2 if student.dim() == 3 else 1
     log_p = (teacher.float() / temperature).log_softmax(axis)
     log_q = (student.float() / temperature).log_softmax(axis)
@@ -42,10 +41,21 @@ def check_alike(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def hard_and_soft(hard: Tensor | None, soft: Tensor, weight: float) -> Tensor:
-    """``(1 - weight) hard + weight soft``; ``soft`` alone where there are no hard targets."""
+def check_weight(weight: float) -> None:
+    """Raise :class:`~qkit.errors.UsageError` unless the weight of a teacher is a share."""
     if not 0 <= weight <= 1:
         raise UsageError("the weight of a teacher is 0 to 1", got=weight)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise :class:`~qkit.errors.UsageError` for a temperature that softens nothing."""
+    if not 0 < temperature < float("inf"):
+        raise UsageError("a temperature is more than 0, and finite", got=temperature)
+
+
+def hard_and_soft(hard: Tensor | None, soft: Tensor, weight: float) -> Tensor:
+    """``(1 - weight) hard + weight soft``; ``soft`` alone where there are no hard targets."""
+    check_weight(weight)
     return soft if hard is None else torch.lerp(hard, soft, weight)
 
 

@@ -41,3 +41,8 @@ def _convolution(x: Shape, *args: Any, out_shape: Shape, **kwargs: Any) -> int:
 _LINEAR = (ops.linear, ops.linear_codebook, ops.linear_dynamic, ops.linear_static)
 _OURS: dict[Any, Any] = {op.overloadpacket: _product for op in _LINEAR}
 _OURS[ops.convolution.overloadpacket] = _convolution
+
+
+def parameters(model: nn.Module) -> int:
+    """The parameters of ``model``, shared ones once."""
+    return sum(p.numel() for p in model.parameters())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qkit.distill import Match, Matched, hard_and_soft, soft_targets
-from qkit.distill.losses import check_alike
+from qkit.distill.losses import check_alike, check_temperature, check_weight
 from qkit.distill.match import Taught, listening
 from qkit.errors import UsageError
 from qkit.flows.evaluate import eval_mode, for_dtype
@@ -43,10 +43,8 @@ class Teaching:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1:
-            raise UsageError("the weight of a teacher is 0 to 1", got=self.weight)
-        if not 0 < self.temperature < float("inf"):
-            raise UsageError("a temperature is more than 0, and finite", got=self.temperature)
+        check_weight(self.weight)
+        check_temperature(self.temperature)
         if self.cache is not None and self.matches:
             raise UsageError("features are not cached, only answers", fix="no cache, or no matches")
 

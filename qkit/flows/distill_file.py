@@ -11,14 +11,15 @@ from torch import nn
 
 from qkit.distill import Match, keep_layers, layer_map
 from qkit.errors import UsageError
+from qkit.flows.compute import parameters
 from qkit.flows.distill import Teaching, distill
 from qkit.flows.evaluate import fill_cost, tensor_bytes
 from qkit.flows.prune import prune
 from qkit.flows.ptq import Progress, no_progress
 from qkit.flows.quantize import default_output
 from qkit.flows.save import save
-from qkit.flows.source import open_source
-from qkit.flows.train import TrainRequest, evaluate
+from qkit.flows.source import module_of, open_source
+from qkit.flows.train import TrainRequest, scores
 from qkit.models import Inputs, Loaded
 from qkit.report import machine, versions
 from qkit.report.distill import DistillReport
@@ -110,15 +111,8 @@ def distill_file(
     )
     models = {"teacher": teacher, "student": student}
     judged = data if val is None else val
-    figures = {
-        name: evaluate(each, judged, loss=training.loss, metric=training.metric)
-        for name, each in models.items()
-    }
-    report.metrics = {
-        key: {name: round(found[key], 4) for name, found in figures.items()}
-        for key in figures["teacher"]
-    }
-    report.before, report.after = ({"params": _count(each)} for each in models.values())
+    report.metrics = scores(models, judged, loss=training.loss, metric=training.metric)
+    report.before, report.after = ({"params": parameters(each)} for each in models.values())
     report.size_bytes["source"] = tensor_bytes(teacher.state_dict())
     report.remarks += given.source.notes
     if val is None:
@@ -144,13 +138,7 @@ def _opened(request: DistillRequest, path: str, factory: str | None) -> Loaded:
 
 
 def _module(loaded: Loaded) -> nn.Module:
-    if loaded.model is None:
-        raise UsageError(
-            "a bare state dict does not tell what is computed",
-            where=loaded.source.path,
-            fix="--model (or --student-model) package.module:factory names the architecture",
-        )
-    return loaded.model
+    return module_of(loaded, "does not tell what is computed", "--model (or --student-model)")
 
 
 def _student(
@@ -191,7 +179,3 @@ def _matches(texts: tuple[str, ...], student: nn.Module, teacher: nn.Module) -> 
                 wanted="layers or STUDENT=TEACHER, and :attention where that is meant",
             )
     return tuple(found)
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -14,7 +14,7 @@ from qkit.algorithms import Stats
 from qkit.algorithms.low_rank import Spectrum, spectrum
 from qkit.errors import CoverageError, InputError, UsageError
 from qkit.flows.calibrate import collect, passes
-from qkit.flows.compute import multiply_adds
+from qkit.flows.compute import multiply_adds, parameters
 from qkit.flows.evaluate import (
     AnyInputs,
     as_inputs,
@@ -29,8 +29,8 @@ from qkit.flows.factors import Wanted, choose_ranks, factors_of, is_matrix, matr
 from qkit.flows.ptq import Plan, check_tensors, copied, opened, plan_layers
 from qkit.flows.quantize import Request, default_output
 from qkit.flows.rows import left_row, notes
-from qkit.flows.save import save
-from qkit.flows.source import open_source, request_inputs
+from qkit.flows.save import deliver
+from qkit.flows.source import module_of, open_source, request_inputs
 from qkit.models import Inputs, infer
 from qkit.nn import Entry, open_modules, swap
 from qkit.nn.factorized import (
@@ -115,7 +115,7 @@ def _factorize(
     if in_place:
         inputs = None
     fill_comparison(report, model, new, inputs, latency=latency)
-    counts = {"parameters": (count(model), count(new))}
+    counts = {"parameters": (parameters(model), parameters(new))}
     if inputs is not None:
         counts["multiply-adds"] = (multiply_adds(model, inputs), multiply_adds(new, inputs))
     report.metrics = {
@@ -123,11 +123,6 @@ def _factorize(
     }
     fill_cost(report, start)
     return new, report
-
-
-def count(model: nn.Module) -> int:
-    """The parameters of ``model``, shared ones once."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def factorize_file(
@@ -144,15 +139,10 @@ def factorize_file(
     check_destination(out, overwrite=request.overwrite)
     loaded = open_source(request.path, factory=request.model, trust_pickle=request.trust_pickle)
     told(f"loaded {request.path}: {loaded.source.kind}")
-    if loaded.model is None:
-        raise UsageError(
-            "a bare state dict does not tell how its layers are called",
-            where=request.path,
-            fix="--model package.module:factory names the architecture",
-        )
+    model = module_of(loaded, "does not tell how its layers are called")
     data = request_inputs(request, loaded)
     new, report = _factorize(
-        loaded.model,
+        model,
         wanted,
         few(data),
         data if request.calib else None,
@@ -160,22 +150,7 @@ def factorize_file(
         latency=not request.dry_run,
         start=start,
     )
-    report.remarks += loaded.source.notes
-    if request.dry_run:
-        report.remarks.append("dry run: nothing was written")
-        return report
-    told(f"writing {out} and verifying it in a fresh process")
-    save(
-        new,
-        out,
-        report=report,
-        inputs=few(data),
-        source=loaded.source,
-        builder=loaded.builder,
-        trust_pickle=request.trust_pickle,
-        overwrite=request.overwrite,
-        start=start,
-    )
+    deliver(new, report, request, out, loaded, few(data), told, start)
     return report
 
 

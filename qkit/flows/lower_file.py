@@ -13,7 +13,7 @@ from qkit.flows.lower import check_request, known_target, lower, requested
 from qkit.flows.ptq import Progress, no_progress
 from qkit.flows.qat import Qat, trained_scheme
 from qkit.flows.quantize import Request, default_output
-from qkit.flows.source import open_source, request_inputs
+from qkit.flows.source import module_of, open_source, request_inputs
 from qkit.flows.train import TrainRequest
 from qkit.graph.sites import when
 from qkit.models import Inputs, Loaded
@@ -54,15 +54,10 @@ def lower_file(
         )
     loaded = open_source(request.path, factory=request.model, trust_pickle=request.trust_pickle)
     told(f"loaded {request.path}: {loaded.source.kind}")
-    if loaded.model is None:
-        raise UsageError(
-            "a bare state dict cannot be captured as a graph",
-            where=request.path,
-            fix="--model package.module:factory names the architecture",
-        )
+    model = module_of(loaded, "cannot be captured as a graph")
     qat = None if request.training is None else _qat(request.training, loaded, out)
     report = lower(
-        loaded.model,
+        model,
         recipe,
         None if request.dry_run else out,
         target=request.target,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from qkit.errors import UsageError
 from qkit.flows.evaluate import AnyInputs, as_inputs, eval_mode, few, fill_cost
 from qkit.flows.quantize import default_output
-from qkit.flows.save import save
-from qkit.flows.source import open_source, request_inputs
+from qkit.flows.save import deliver
+from qkit.flows.source import module_of, open_source, request_inputs
 from qkit.models import Inputs, infer, resolve_callable, run
 from qkit.nn import open_modules, opening
 from qkit.nn.computed import detached
@@ -220,28 +220,8 @@ def prune_file(
     check_destination(out, overwrite=request.overwrite)
     loaded = open_source(request.path, factory=request.model, trust_pickle=request.trust_pickle)
     told(f"loaded {request.path}: {loaded.source.kind}")
-    if loaded.model is None:
-        raise UsageError(
-            "a bare state dict does not tell what is computed, which pruning must know",
-            where=request.path,
-            fix="--model package.module:factory names the architecture",
-        )
+    model = module_of(loaded, "does not tell what is computed, which pruning must know")
     inputs = request_inputs(request, loaded)
-    pruned, report = _prune(loaded.model, inputs, wanted, in_place=False, latency=True, start=start)
-    report.remarks += loaded.source.notes
-    if request.dry_run:
-        report.remarks.append("dry run: nothing was written")
-        return report
-    told(f"writing {out} and verifying it in a fresh process")
-    save(
-        pruned,
-        out,
-        report=report,
-        inputs=few(inputs),
-        source=loaded.source,
-        builder=loaded.builder,
-        trust_pickle=request.trust_pickle,
-        overwrite=request.overwrite,
-        start=start,
-    )
+    pruned, report = _prune(model, inputs, wanted, in_place=False, latency=True, start=start)
+    deliver(pruned, report, request, out, loaded, few(inputs), told, start)
     return report

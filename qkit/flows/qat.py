@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from qkit.distill import hard_and_soft, soft_targets
+from qkit.distill.losses import check_temperature, check_weight
 from qkit.errors import RequestError, UsageError, VerificationError
 from qkit.flows.data import Data
 from qkit.flows.evaluate import LARGE_ERROR, eval_mode
 from qkit.flows.pt2e import nothing, without_unused
 from qkit.flows.ptq import Progress, check_rules, check_tensors, no_progress
-from qkit.flows.train import TrainData, Trained, TrainOptions, evaluate, train
+from qkit.flows.train import TrainData, Trained, TrainOptions, scores, train
 from qkit.flows.train.score import Objective, Score, objective_of
 from qkit.flows.train.tables import main_output
 from qkit.graph import Dialect, capture, find_sites, quiet
@@ -64,10 +65,8 @@ class Qat:
     origin: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.teacher <= 1:
-            raise UsageError("the weight of the teacher is 0 to 1", got=self.teacher)
-        if not 0 < self.temperature < float("inf"):
-            raise UsageError("a temperature is more than 0, and finite", got=self.temperature)
+        check_weight(self.teacher)
+        check_temperature(self.temperature)
         for name in ("freeze_ranges", "freeze_norms"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -181,11 +180,8 @@ def train_quantized(
         captured, program, tuple(sites), expected, dict(options or {}), samples=seen
     )
     judged = qat.val or qat.data
-    figures = {
-        name: evaluate(each, judged, loss=qat.loss, metric=qat.metric)
-        for name, each in (("float", model), ("trained int8", program))
-    }
-    metrics = {key: {n: round(f[key], 4) for n, f in figures.items()} for key in figures["float"]}
+    models = {"float": model, "trained int8": program}
+    metrics = scores(models, judged, loss=qat.loss, metric=qat.metric)
     return Tuned(converted, weights, trained, identity, metrics)
 
 

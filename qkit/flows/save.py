@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from qkit.flows.evaluate import (
     for_dtype,
 )
 from qkit.flows.verify import verify
-from qkit.models import Source
+from qkit.models import Inputs, Loaded, Source
 from qkit.nn import QLayer
 from qkit.nn.factorized import Factorized
 from qkit.pruning.surgery import edits_of
@@ -192,3 +193,44 @@ def check_budgets(
             wanted=f"at least {min_sqnr:g} dB",
             fix="more bits, smaller groups, or --ignore the worst layers of the report",
         )
+
+
+class Written(Protocol):
+    """The options of a command that say whether and how a model is written."""
+
+    @property
+    def dry_run(self) -> bool: ...  # noqa: D102
+    @property
+    def trust_pickle(self) -> bool: ...  # noqa: D102
+    @property
+    def overwrite(self) -> bool: ...  # noqa: D102
+
+
+def deliver(
+    model: nn.Module,
+    report: Outcome,
+    request: Written,
+    out: Path,
+    loaded: Loaded,
+    inputs: Inputs | None,
+    told: Callable[[str], None],
+    start: float,
+) -> None:
+    """Write what a command made of ``loaded`` to ``out`` (:func:`save`), unless it
+    is a dry run."""
+    report.remarks += loaded.source.notes
+    if request.dry_run:
+        report.remarks.append("dry run: nothing was written")
+        return
+    told(f"writing {out} and verifying it in a fresh process")
+    save(
+        model,
+        out,
+        report=report,
+        inputs=inputs,
+        source=loaded.source,
+        builder=loaded.builder,
+        trust_pickle=request.trust_pickle,
+        overwrite=request.overwrite,
+        start=start,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from torch import fx
+from torch import fx, nn
 
 from qkit.errors import UsageError
 from qkit.flows.check import inputs_of, is_callable
@@ -52,6 +52,18 @@ def open_source(path: str | Path, *, factory: str | None, trust_pickle: bool = F
     return Loaded(source, model=model, builder=builder, example_inputs=example)
 
 
+def module_of(loaded: Loaded, problem: str, options: str = "--model") -> nn.Module:
+    """The model of ``loaded``; :class:`~qkit.errors.UsageError` for a bare state dict, which has
+    this ``problem``, and for which ``options`` name an architecture."""
+    if loaded.model is None:
+        raise UsageError(
+            f"a bare state dict {problem}",
+            where=loaded.source.path,
+            fix=f"{options} package.module:factory names the architecture",
+        )
+    return loaded.model
+
+
 class Given(Protocol):
     """The options of a command that say what a model is run on."""
 
@@ -73,11 +85,7 @@ def request_inputs(request: Given, loaded: Loaded) -> Inputs | None:
         raise UsageError("give --input or --calib, not both")
     if loaded.model is None:
         if request.input or request.calib:
-            raise UsageError(
-                "a bare state dict cannot be run on inputs",
-                where=request.path,
-                fix="--model package.module:factory names the architecture",
-            )
+            module_of(loaded, "cannot be run on inputs")
         return None
     if request.input:
         return parse_input_spec(request.input, seed=request.seed)

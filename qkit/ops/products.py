@@ -57,7 +57,7 @@ def product(
     if patches <= 0 or min(size) <= 0 or not _faster(patches, values, pointwise):
         return None
     # torch rounds what is not fp32 once, at the end.
-    y = native.multiply(kernels, _patches(x.float(), kernel, geometry), stored)
+    y = native.multiply(kernels, _patches(x.float(), kernel, geometry, pointwise), stored)
     if bias is not None:
         y += bias.float()
     form = suggest_memory_format(x) if n == 2 else torch.contiguous_format
@@ -65,10 +65,10 @@ def product(
     return out.copy_(y.view(len(x), *size, stored.rows).movedim(-1, 1))
 
 
-def _patches(x: Tensor, kernel: list[int], geometry: tuple[Any, ...]) -> Tensor:
+def _patches(x: Tensor, kernel: list[int], geometry: tuple[Any, ...], pointwise: bool) -> Tensor:
     """``[B, C, *size]`` -> ``[B, positions, C * prod(kernel)]``."""
     stride, padding, dilation, *_ = geometry
-    if math.prod(kernel) == 1 and not any(padding):
+    if pointwise:
         for dim, step in enumerate(stride, 2):
             x = x[(slice(None),) * dim + (slice(None, None, step),)]
         return x.flatten(2).transpose(1, 2)

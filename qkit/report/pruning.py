@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from qkit.report.text import as_text
 
 FORMAT = 1
 
@@ -57,4 +58,4 @@ class PruneReport:
 
     def dumps(self) -> str:
         """This report as JSON text (strict: no NaN, no infinity)."""
-        return json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
+        return as_text(self.to_json())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qkit.errors import InputError
+from qkit.report.text import as_text
 
 FORMAT = 1
 
@@ -78,7 +78,7 @@ class Report:
 
     def dumps(self) -> str:
         """This report as JSON text (strict: no NaN, no infinity)."""
-        return json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
+        return as_text(self.to_json())
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Report:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from qkit.flows.train import evaluate
 from qkit.models import run
 from qkit.nn import QLayer
 from qkit.report import measure
+from qkit.report.text import as_text
 
 FORMAT = 1
 LATENCY_SECONDS = 0.5
@@ -53,7 +53,7 @@ class Ledger:
 
     def dumps(self) -> str:
         """This ledger as JSON text."""
-        return json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
+        return as_text(self.to_json())
 
 
 def row_of(step: str, model: nn.Module, given: Given, size: int, seconds: float) -> Row:

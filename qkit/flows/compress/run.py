@@ -22,7 +22,7 @@ from qkit.flows.compress.steps import STEPS, Given
 from qkit.flows.evaluate import AnyInputs, as_inputs, blank_report, few, tensor_bytes
 from qkit.flows.quantize import default_output
 from qkit.flows.save import save
-from qkit.flows.source import open_source, request_inputs
+from qkit.flows.source import module_of, open_source, request_inputs
 from qkit.flows.train import TrainData, open_train
 from qkit.flows.train.check import check_data
 from qkit.flows.train.score import objective_of
@@ -130,17 +130,12 @@ def compress_file(request: CompressRequest, *, told: Told = silent) -> Ledger:
     plan = read_recipe(request.recipe)
     out = _destination(request, plan)
     loaded = open_source(request.path, factory=request.model, trust_pickle=request.trust_pickle)
-    if loaded.model is None:
-        raise UsageError(
-            "a bare state dict does not tell what is computed",
-            where=request.path,
-            fix="--model package.module:factory names the architecture",
-        )
+    model = module_of(loaded, "does not tell what is computed")
     given = _given(plan, request, loaded)
-    check_training(plan, loaded.model, given)
+    check_training(plan, model, given)
     told(f"loaded {request.path}: {loaded.source.kind}")
     size = sum(facts["bytes"] for facts in loaded.source.files.values())
-    ledger = Ledger(plan.to_json(), [row_of("float", loaded.model, given, size, 0.0)])
+    ledger = Ledger(plan.to_json(), [row_of("float", model, given, size, 0.0)])
     if request.dry_run:
         return ledger
     with _work(request) as work:

@@ -15,3 +15,4 @@ from qkit.flows.train.samples import labelled as labelled
 from qkit.flows.train.samples import open_train as open_train
 from qkit.flows.train.samples import stream_of as stream_of
 from qkit.flows.train.score import evaluate as evaluate
+from qkit.flows.train.score import scores as scores

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -105,3 +105,16 @@ def evaluate(
                 sums[key] = sums.get(key, 0.0) + float(value) * len(batch)
             samples += len(batch)
     return {key: value / samples for key, value in sums.items()}
+
+
+def scores(
+    models: Mapping[str, nn.Module],
+    data: TrainData,
+    *,
+    loss: str | Score,
+    metric: str | Score | None,
+) -> dict[str, dict[str, float]]:
+    """Each figure of :func:`evaluate` for each of ``models``, rounded for a report."""
+    found = {n: evaluate(m, data, loss=loss, metric=metric) for n, m in models.items()}
+    keys = next(iter(found.values()))
+    return {key: {n: round(each[key], 4) for n, each in found.items()} for key in keys}
