@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qkit.errors import VerificationError
 from qkit.flows.check import model_check
 from qkit.flows.evaluate import eval_mode, fill_cost, for_dtype
 from qkit.flows.ptq import Obstacle
@@ -76,10 +75,7 @@ def save_compressed_tensors(
 
     The layers were quantized with one scheme that
     :func:`~qkit.targets.compressed_tensors.layer_obstacle` allows. The folder appears once a fresh
-    process has loaded it with transformers and got the outputs of ``qmodel`` on ``inputs``. Where
-    the layers quantize their input and transformers cannot do as they do, it is told to take exact
-    inputs: its outputs are those of the quantized weights alone, and a remark says how far they are
-    from those of ``qmodel``.
+    process has loaded it with transformers and got the outputs of ``qmodel`` on ``inputs``.
 
     Raises :class:`~qkit.errors.OutputError` if it cannot be written and
     :class:`~qkit.errors.VerificationError` if the fresh process disagrees.
@@ -91,7 +87,10 @@ def save_compressed_tensors(
         save_tensors(tensors, folder / WEIGHTS)
         copy_config(Path(source.path), folder, config_name=CONFIG)
         meta = head(report, source, builder, target=COMPRESSED) | facts
-        result = _verified(qmodel, inputs, folder, meta, report)
+        _write_config(qmodel, folder / CONFIG)
+        save_tensors(model_check(qmodel, inputs), folder / CHECK)
+        artifact, slack = write_meta(folder, meta), _slack(qmodel, inputs)
+        result = verify_runtime(artifact, "transformers", "transformers", slack=slack)
         # Not for the finished folder: some readers take every safetensors file for weights.
         (folder / CHECK).unlink()
         write_meta(folder, meta)
@@ -164,42 +163,20 @@ def _tensors(qmodel: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
 _OTHER_CODES = 1 / 8
 
 
-def _verified(
-    qmodel: nn.Module, inputs: Inputs, folder: Path, meta: dict[str, Any], report: Report
-) -> dict[str, Any]:
-    """The configuration with which transformers reproduces ``qmodel``, written and verified."""
+def _slack(qmodel: nn.Module, inputs: Inputs) -> float:
+    """What transformers may differ by from ``qmodel`` for its int8 activations."""
     exact = _with_exact_inputs(qmodel)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-
-    def attempt(reference: nn.Module, dequantize: bool, slack: float = 0.0) -> dict[str, Any]:
-        _write_config(qmodel, folder / CONFIG, dequantize)
-        save_tensors(model_check(reference, inputs), folder / CHECK)
-        artifact = write_meta(folder, meta)
-        return verify_runtime(artifact, "transformers", "transformers", slack=slack)
-
     if exact is qmodel:
-        return attempt(qmodel, dequantize=True)
-    apart = _apart(run(exact, inputs), run(qmodel, inputs))
-    why = "it would dequantize an encoder-decoder too late to generate"
-    if not config.get("is_encoder_decoder"):
-        try:
-            return attempt(qmodel, dequantize=False, slack=apart * _OTHER_CODES)
-        except VerificationError as error:
-            why = f"told to round activations itself, it gives {error.got}"
-    report.remarks.append(
-        "transformers computes the folder with exact activations, qkit.load with int8 ones: their "
-        f"outputs differ by up to {apart:.2g} of the largest (verified are the weights, with exact "
-        f"activations; {why})"
-    )
-    return attempt(exact, dequantize=True)
+        return 0.0
+    return _OTHER_CODES * _apart(run(exact, inputs), run(qmodel, inputs))
 
 
-def _write_config(qmodel: nn.Module, path: Path, dequantize: bool) -> None:
+def _write_config(qmodel: nn.Module, path: Path) -> None:
     layer = next(iter(_quantized(qmodel).values()))
     ignore = [name for name, module in qmodel.named_modules() if isinstance(module, nn.Linear)]
     config = json.loads(path.read_text(encoding="utf-8"))
     scheme = Scheme(layer.spec, layer.acts)
-    config["quantization_config"] = quantization_config(scheme, ignore, dequantize)
+    config["quantization_config"] = quantization_config(scheme, ignore)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

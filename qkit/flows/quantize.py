@@ -288,7 +288,7 @@ def quantize_file(
     # Layers that are left in float because the format of the output has no place for them.
     obstacle: Obstacle = gguf.layer_obstacle if request.format == GGUF else no_obstacle
     if request.format == COMPRESSED:
-        _check_transformers(request, loaded, inputs)
+        _check_transformers(request, loaded, inputs, acts=scheme.input is not None)
         obstacle = compressed_obstacle(model, inputs, acts=scheme.input is not None)
         change = compressed_tensors.as_stored(model)
         scheme, recipe = change(scheme), recipe.with_schemes(change)
@@ -351,7 +351,9 @@ def destination(request: Request, scheme: Scheme) -> Path:
     return out
 
 
-def _check_transformers(request: Request, loaded: Loaded, inputs: Inputs | None) -> None:
+def _check_transformers(
+    request: Request, loaded: Loaded, inputs: Inputs | None, *, acts: bool
+) -> None:
     """What a folder that transformers loads is made from."""
     if (loaded.builder or {}).get("kind") != "transformers":
         raise RequestError(
@@ -365,6 +367,16 @@ def _check_transformers(request: Request, loaded: Loaded, inputs: Inputs | None)
             "no inputs are known to verify the folder with",
             where=request.path,
             fix="--input or --calib",
+        )
+    if acts and getattr(getattr(loaded.model, "config", None), "is_encoder_decoder", False):
+        # Its encoder and decoder are called by themselves there, and the hook that unpacks all
+        # weights is on the whole: exact activations are all that transformers could compute.
+        raise RequestError(
+            f"--format {request.format} has no int8 activations for encoder-decoders: "
+            "transformers unpacks their weights too late to generate",
+            where=request.path,
+            got=request.scheme if isinstance(request.scheme, str) else None,
+            fix="--scheme w8a16, or --format qkit",
         )
 
 

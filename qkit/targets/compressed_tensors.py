@@ -20,12 +20,11 @@ them. Otherwise it would do so at the first call of the whole model, which ``gen
 encoder-decoder never makes, and it would expect zero points that are not packed.
 
 It also decides what becomes of ``input_activations``. With ``true`` transformers never applies
-the configuration to the model, and activations stay exact. With ``false`` compressed-tensors rounds
-the input of each layer to -128..127 with the scale ``max|x| / 127.5``; so do qkit's layers of this
-format (:func:`as_stored`). An input of two dimensions it rounds as a whole, not row by row.
-So layers with such inputs stay in float, and ``w8a8`` folders say ``false`` where that reproduces
-qkit's outputs, and else (encoder-decoders, for the reason above) ``true``: then the weights are
-what is verified.
+the configuration to the model, and activations stay exact: so the folders of weight-only schemes
+say. With ``false``, of ``w8a8``, compressed-tensors rounds the input of each layer to -128..127
+with the scale ``max|x| / 127.5``; so do qkit's layers of this format (:func:`as_stored`). An input
+of two dimensions it rounds as a whole, not row by row: layers with such inputs stay in float.
+Encoder-decoders are refused under ``w8a8``, for the reason above.
 """
 
 from __future__ import annotations
@@ -86,9 +85,7 @@ def format_name(acts: QSpec | None) -> str:
     return "pack-quantized" if acts is None else "int-quantized"
 
 
-def quantization_config(
-    scheme: Scheme, ignore: Sequence[str], dequantize: bool = True
-) -> dict[str, Any]:
+def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
     """What ``config.json`` says: every ``Linear`` is under ``scheme`` but those in ``ignore``."""
     spec, acts = scheme.weight, scheme.input
     grain: dict[str, Any] = {"strategy": "tensor" if spec.granularity == PerTensor() else "channel"}
@@ -111,7 +108,7 @@ def quantization_config(
         "config_groups": {"group_0": group},
         "ignore": list(ignore),
         "kv_cache_scheme": None,
-        "dequantize": dequantize,
+        "dequantize": acts is None,
     }
 
 
