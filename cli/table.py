@@ -16,6 +16,7 @@ from qkit.flows.compress import Ledger
 from qkit.report import LayerRow, Report
 from qkit.report.distill import DistillReport
 from qkit.report.pruning import PruneReport
+from qkit.report.text import decibels, largest, size
 
 MAX_ROWS = 60
 
@@ -24,29 +25,6 @@ def console() -> Console:
     """Standard output; as wide as needed where it is not a terminal, so that nothing is cut."""
     out = Console(highlight=False, markup=False)
     return out if out.is_terminal else Console(highlight=False, markup=False, width=160)
-
-
-def size(count: float) -> str:
-    """Bytes with a decimal unit.
-
-    >>> size(950), size(1_234_000)
-    ('950 B', '1.23 MB')
-    """
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while count >= 1000 and len(units) > 1:
-        count /= 1000
-        del units[0]
-    return f"{count:.0f} B" if units[0] == "B" else f"{count:.3g} {units[0]}"
-
-
-def decibels(value: float | None, *, exact: str = "exact") -> str:
-    """An SQNR; None means that there is no error."""
-    return exact if value is None else f"{value:.1f} dB"
-
-
-def largest(value: float | None) -> str:
-    """A largest error; JSON has no infinity and says None."""
-    return "infinite" if value is None else f"{value:.3g}"
 
 
 def print_report(report: Report) -> None:

@@ -81,19 +81,20 @@ def free_memory_bytes() -> int:
     All of it where the system does not tell.
     """
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    rows = (line.split() for line in _read(Path("/proc/meminfo")).splitlines())
+    rows = (line.split() for line in file_text(Path("/proc/meminfo")).splitlines())
     found = [int(row[1]) * 1024 for row in rows if row[:1] == ["MemAvailable:"]]
     for folder, limit, used in _CONTAINERS:
-        most, now = _read(Path(folder, limit)).strip(), _read(Path(folder, used)).strip()
+        most, now = file_text(Path(folder, limit)).strip(), file_text(Path(folder, used)).strip()
         if most.isdecimal() and now.isdecimal():
             # Pages of files that were not used of late are given back when memory is short.
-            rows = (line.split() for line in _read(Path(folder, "memory.stat")).splitlines())
+            rows = (line.split() for line in file_text(Path(folder, "memory.stat")).splitlines())
             spare = sum(int(row[1]) for row in rows if row[0] == "inactive_file")
             found.append(max(0, int(most) - int(now) + spare))
     return min([whole, *found])
 
 
-def _read(path: Path) -> str:
+def file_text(path: Path) -> str:
+    """The text of one of the system's files; nothing where there is none."""
     try:
         return path.read_text()
     except OSError:
@@ -106,13 +107,23 @@ def resident_bytes() -> dict[str, int]:
     What is mapped is shared with other processes, and given up without loss where memory is short.
     Empty where the system does not tell.
     """
-    rows = (line.split() for line in _read(Path("/proc/self/status")).splitlines())
-    sizes = {row[0]: int(row[1]) * 1024 for row in rows if row[-1:] == ["kB"]}
-    names = {"private": "RssAnon:", "mapped": "RssFile:"}
+    names, sizes = {"private": "RssAnon:", "mapped": "RssFile:"}, _own_sizes()
     return {name: sizes[key] for name, key in names.items() if key in sizes}
 
 
+def _own_sizes() -> dict[str, int]:
+    """The kinds of memory that Linux tells of this process, in bytes."""
+    rows = (line.split() for line in file_text(Path("/proc/self/status")).splitlines())
+    return {row[0]: int(row[1]) * 1024 for row in rows if row[-1:] == ["kB"]}
+
+
 def peak_rss_bytes() -> int:
-    """The largest resident memory that this process has had so far, in bytes."""
+    """The largest resident memory that this process has had so far, in bytes.
+
+    On Linux that of this program (VmHWM): what ``getrusage`` tells begins with the size of the
+    process that started it.
+    """
+    if (most := _own_sizes().get("VmHWM:")) is not None:
+        return most
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -21,6 +21,9 @@ BOUNDS = {
     torch.bfloat16: 2.0**-4,
 }
 
+# By how much probabilities may miss their sum of 1: they may come from 16-bit floats.
+SUM_SLACK = 1e-2
+
 
 @dataclass(frozen=True)
 class ErrorStats:
@@ -68,6 +71,50 @@ def compare(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> ErrorStat
     norm = math.sqrt(signal) * math.sqrt(power)
     cosine = dot / norm if norm else float(noise == 0)
     return ErrorStats(sqnr_db(signal, noise), cosine, max_abs, max_ref)
+
+
+@dataclass(frozen=True)
+class ClassStats:
+    """``top1_agreement`` the share of rows with the largest value at the same place;
+    ``kl_divergence`` the mean of sum p log(p / q) over the rows in nats, p of the reference; None
+    where it is infinite."""
+
+    top1_agreement: float
+    kl_divergence: float | None
+
+
+def compare_classes(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> ClassStats | None:
+    """How the rows (the last dimension) of ``outputs`` differ as predictions of classes.
+
+    Rows are logits, or, where all are not negative and sum to 1, probabilities. None where tensors
+    do not look like either: floats ``[n, classes]`` or ``[n, length, classes]``, 2 classes or more.
+    """
+    if not reference or not all(map(_of_classes, [*reference, *outputs])):
+        return None
+    pairs = list(zip(map(_rows, reference), map(_rows, outputs), strict=True))
+    if any(r.shape != x.shape for r, x in pairs):
+        return None
+    r64, x64 = (torch.cat(side) for side in zip(*pairs, strict=True))
+    log_p, log_q = _log_probabilities(r64), _log_probabilities(x64)
+    p = log_p.exp()
+    terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
+    divergence = max(0.0, float(terms.sum(-1).mean()))
+    agreement = float((r64.argmax(-1) == x64.argmax(-1)).double().mean())
+    return ClassStats(agreement, divergence if math.isfinite(divergence) else None)
+
+
+def _of_classes(t: Tensor) -> bool:
+    return t.is_floating_point() and t.dim() in (2, 3) and t.shape[-1] >= 2 and t.numel() > 0
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.detach().double().flatten(0, -2)
+
+
+def _log_probabilities(rows: Tensor) -> Tensor:
+    sums = rows.sum(-1)
+    given = bool((rows >= 0).all()) and bool(((sums - 1).abs() < SUM_SLACK).all())
+    return (rows / sums[:, None]).log() if given else rows.log_softmax(-1)
 
 
 def _float64(t: Tensor) -> Tensor:

@@ -78,4 +78,5 @@ def test_peak_memory_is_in_bytes_and_never_falls():
     del block
     assert before > 1 << 20
     assert after >= before
-    assert peak_rss_bytes() >= after
+    # Linux counts pages in batches for each processor, so that figures are off by some.
+    assert peak_rss_bytes() >= after - (1 << 20)

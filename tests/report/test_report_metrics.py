@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkit.errors import InputError
-from qkit.report import ErrorStats, compare, tensor_sqnr_db
+from qkit.report import ClassStats, ErrorStats, compare, compare_classes, tensor_sqnr_db
 from qkit.report.metrics import sqnr_db
 
 NAN, INF = math.nan, math.inf
@@ -206,3 +206,59 @@ def test_tensor_sqnr_of_special_tensors():
 def test_tensor_sqnr_of_many_large_values():
     big = torch.full((1000,), 1e18)  # their squares overflow a sum in fp32
     assert tensor_sqnr_db(big, big * 1.1) == pytest.approx(20.0, abs=1e-3)
+
+
+# Classes
+
+
+def class_oracle(reference: list[list[float]], outputs: list[list[float]]) -> tuple[float, float]:
+    """(agreement, divergence) of rows of logits, term by term."""
+    hits, total = 0, 0.0
+    for r, x in zip(reference, outputs, strict=True):
+        p, q = ([math.exp(v - max(row)) for v in row] for row in (r, x))
+        p, q = ([v / math.fsum(row) for v in row] for row in (p, q))
+        hits += r.index(max(r)) == x.index(max(x))
+        total += math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    return hits / len(reference), total / len(reference)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (1, 2), (3, 4, 6)], ids=str)
+def test_classes_equal_the_oracle(shape):
+    reference = [torch.randn(shape), torch.randn(shape)]
+    outputs = [r + 0.5 * torch.randn(shape) for r in reference]
+    rows = [torch.cat(side).double().flatten(0, -2).tolist() for side in (reference, outputs)]
+    got = compare_classes(reference, outputs)
+    assert (got.top1_agreement, got.kl_divergence) == pytest.approx(class_oracle(*rows))
+    assert compare_classes(reference, reference) == ClassStats(1.0, 0.0)
+    # Logits are the same up to a constant; probabilities are taken as they are.
+    shifted = compare_classes(reference, [x + 3 for x in outputs])
+    assert shifted.kl_divergence == pytest.approx(got.kl_divergence)
+    given = compare_classes([r.softmax(-1) for r in reference], [x.softmax(-1) for x in outputs])
+    assert given.kl_divergence == pytest.approx(got.kl_divergence, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(4),
+        torch.ones(4, 1),
+        torch.ones(2, 3, 4, 5),
+        torch.ones(0, 3),
+        torch.ones(2, 3).int(),
+    ],
+    ids=lambda t: f"{t.dtype} {tuple(t.shape)}",
+)
+def test_what_does_not_look_like_classes(tensor):
+    assert compare_classes([tensor], [tensor]) is None
+
+
+def test_other_sizes_are_no_classes_to_compare():
+    assert compare_classes([torch.ones(2, 3)], [torch.ones(2, 4)]) is None
+    assert compare_classes([], []) is None
+
+
+def test_a_class_that_cannot_be_has_no_weight():
+    reference = torch.tensor([[0.0, 1.0, -INF]])
+    assert compare_classes([reference], [reference]) == ClassStats(1.0, 0.0)
+    got = compare_classes([torch.zeros(1, 3)], [reference])
+    assert got == ClassStats(0.0, None)

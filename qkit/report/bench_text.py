@@ -1,0 +1,134 @@
+"""The figures of ``qkit bench`` as tables of words: one home for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qkit.report.bench import BenchReport, Contender, Difference, Timing
+from qkit.report.text import decibels, duration, largest, markdown_table, size
+
+UNKNOWN = "n/a"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table with a title; all cells are text."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def grids(report: BenchReport) -> list[Grid]:
+    """What each contender is and costs, how long it takes, and what runs in it."""
+    return [_costs(report), _times(report), _kernels(report)]
+
+
+def _costs(report: BenchReport) -> Grid:
+    shown: dict[str, Callable[[Contender], str]] = {
+        "contender": lambda c: c.name,
+        "run by": lambda c: c.runtime or UNKNOWN,
+        "scheme": lambda c: c.scheme or "",
+        "size": lambda c: _known(c.size_bytes, size),
+        "load": lambda c: _known(c.load_ms, duration),
+        "first call": lambda c: _known(c.cold_start_ms, duration),
+        "peak memory": _memory,
+        "SQNR": lambda c: _known(c.error, _sqnr),
+        "cosine": lambda c: _known(c.error, lambda e: f"{e.cosine:.6f}"),
+        "max error": lambda c: _known(c.error, lambda e: largest(e.max_abs)),
+        "top-1": lambda c: _known(c.error and c.error.top1_agreement, lambda x: f"{x:.2%}"),
+        "KL": lambda c: _known(c.error and c.error.kl_divergence, lambda x: f"{x:.3g}"),
+    }
+    if report.metric:
+        shown[report.metric] = lambda c: _known(c.metric, lambda x: f"{x:.5g}")
+    rows = tuple(tuple(cell(each) for cell in shown.values()) for each in report.contenders)
+    return Grid("Contenders", tuple(shown), rows)
+
+
+def _known(value: object, text: Callable[..., str]) -> str:
+    return UNKNOWN if value is None else text(value)
+
+
+def _sqnr(error: Difference) -> str:
+    infinite = error.sqnr_db is None and error.max_abs is None
+    return "none" if infinite else decibels(error.sqnr_db)
+
+
+def _memory(contender: Contender) -> str:
+    peak, base = contender.peak_memory_bytes, contender.base_memory_bytes
+    if peak is None or base is None:
+        return _known(peak, size)
+    return f"{size(peak)} ({size(base)} before)"
+
+
+def _times(report: BenchReport) -> Grid:
+    head = ("contender", "batch", "threads", "median", "interval", "p90", "samples/s")
+    rows = [
+        (
+            each.name,
+            str(timing.batch),
+            str(timing.threads),
+            duration(timing.median),
+            f"{duration(timing.ci_low)} to {duration(timing.ci_high)}",
+            duration(timing.p90),
+            f"{timing.throughput:,.4g}",
+            _speed(report, each, timing),
+        )
+        for batch in report.batches
+        for threads in report.threads
+        for each in report.contenders
+        if (timing := each.timing(batch, threads)) is not None
+    ]
+    return Grid("Latency", (*head, f"speed beside {report.baseline}"), tuple(rows))
+
+
+def _speed(report: BenchReport, contender: Contender, timing: Timing) -> str:
+    if contender.name == report.baseline:
+        return "the baseline"
+    speed = timing.speed
+    if speed is None:
+        return UNKNOWN
+    return f"{speed.ratio:.2f}x, {speed.low:.2f} to {speed.high:.2f}: {speed.verdict}"
+
+
+def _kernels(report: BenchReport) -> Grid:
+    rows = [
+        (each.name, ", ".join(f"{name} x{count}" for name, count in each.kernels.items()))
+        for each in report.contenders
+        if each.kernels
+    ]
+    return Grid("Kernels", ("contender", "kernels that it runs"), tuple(rows))
+
+
+def sentences(report: BenchReport) -> list[str]:
+    """What a reader must know beside the tables, the gravest first."""
+    found = [f"{each.name} failed: {each.failure}" for each in report.failed]
+    found += [f"noise: {reason}" for reason in report.noise.reasons]
+    if report.noise.quiet:
+        found.append("the machine was quiet")
+    else:
+        found.append(
+            "the machine was not quiet: measure again before you rely on small differences"
+        )
+    found += [f"{each.name}: {text}" for each in report.contenders for text in each.remarks]
+    found += report.remarks
+    facts = report.machine
+    found.append(
+        f"intervals of {report.level:.0%}; {report.starts} fresh processes of each; inputs: "
+        f"{report.inputs.get('origin')}; {facts.get('cpu')}, {facts.get('cores')} cores, "
+        f"{facts.get('system')}"
+    )
+    return [" ".join(line.split()) for line in found]
+
+
+def as_markdown(report: BenchReport) -> str:
+    """The report as Markdown."""
+    parts = ["# Benchmark"]
+    parts += ["\n".join(f"- {line}" for line in sentences(report))]
+    for grid in grids(report):
+        if grid.rows:
+            parts += [f"## {grid.title}", markdown_table(grid.head, grid.rows)]
+    if report.command:
+        parts += ["## Again", f"```sh\n{report.command}\n```"]
+    return "\n\n".join(parts) + "\n"
