@@ -28,6 +28,7 @@ COMMANDS = (
     "inspect",
     "verify",
     "compare",
+    "bench",
     "schemes",
     "targets",
     "doctor",

@@ -38,10 +38,12 @@ seed_option = click.option(
 )
 
 
-def calib_option(what: str) -> Decorator:
-    """``--calib``: where data are."""
+def calib_option(what: str, *names: str) -> Decorator:
+    """``--calib``, or one of ``names`` too: where data are."""
     return click.option(
+        *names,
         "--calib",
+        "calib",
         type=click.Path(),
         metavar="DATA",
         help=f"{what}: FILE.npz (arrays by argument name), a folder of pictures, or "

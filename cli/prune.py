@@ -7,6 +7,7 @@ from typing import Any
 import click
 from qkit.cli.common import (
     architecture_options,
+    calib_option,
     debug_option,
     ignore_option,
     image_option,
@@ -69,14 +70,7 @@ from qkit.cli.common import (
     help="For taylor: a function of the model that returns its loss on some data.",
 )
 @click.option("--input", metavar="SHAPE", help="Random inputs, such as 1x3x224x224 or 2x16:int64.")
-@click.option(
-    "--inputs",
-    "--calib",
-    "calib",
-    type=click.Path(),
-    metavar="DATA",
-    help="Real inputs, to trace, compare and time with: what --calib of quantize takes.",
-)
+@calib_option("Real inputs, to trace, compare and time with", "--inputs")
 @image_option
 @architecture_options
 @click.option("--dry-run", is_flag=True, help="Prune and compare, write nothing.")

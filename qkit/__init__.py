@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qkit.errors import QkitError as QkitError
+    from qkit.flows.bench import bench as bench
     from qkit.flows.cluster import cluster as cluster
     from qkit.flows.coded import save_coded as save_coded
     from qkit.flows.compare import compare as compare
@@ -41,6 +42,7 @@ _HOMES = {
     "Report": "qkit.report",
     "Rule": "qkit.spec",
     "Scheme": "qkit.spec",
+    "bench": "qkit.flows.bench",
     "cluster": "qkit.flows",
     "compare": "qkit.flows",
     "compiled": "qkit.flows.compiled",

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,13 @@ def model_check(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
 def recorded(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """The tensors of a check file: ``inputs``, all of them, and what ``model`` makes of them."""
+    return input_tensors(inputs) | {f"module.{i}": t for i, t in enumerate(run(model, inputs))}
+
+
+def input_tensors(inputs: Inputs) -> dict[str, Tensor]:
+    """The tensors of ``inputs`` by their keys in a check file."""
     given = {f"input.args.{i}": t for i, t in enumerate(inputs.args)}
-    given |= {f"input.kwargs.{name}": t for name, t in inputs.kwargs.items()}
-    return given | {f"module.{i}": t for i, t in enumerate(run(model, inputs))}
+    return given | {f"input.kwargs.{name}": t for name, t in inputs.kwargs.items()}
 
 
 def small(inputs: Inputs) -> Inputs:
@@ -55,17 +60,22 @@ def is_callable(artifact: Artifact) -> bool:
 
 def inputs_of(artifact: Artifact) -> Inputs:
     """The inputs in the check file of ``artifact``."""
+    return inputs_in(artifact.path / CHECK)
+
+
+def inputs_in(path: Path) -> Inputs:
+    """The inputs in a file of :func:`input_tensors`, which may hold more."""
     # Not mapped from the file, where they may lie at any address: torch's own int8 product for bf16
     # (in optimum-quanto's layers) crashes on what is not aligned to 32 bytes.
-    tensors = {name: t.clone() for name, t in read_tensors(artifact.path / CHECK).items()}
+    tensors = {name: t.clone() for name, t in read_tensors(path).items()}
     args = {k: t for k, t in tensors.items() if k.startswith("input.args.")}
     prefix = "input.kwargs."
     if args.keys() != {f"input.args.{i}" for i in range(len(args))}:
-        raise InputError("the inputs are not numbered", where=str(artifact.path / CHECK))
+        raise InputError("the inputs are not numbered", where=str(path))
     return Inputs(
         args=tuple(args[f"input.args.{i}"] for i in range(len(args))),
         kwargs={k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)},
-        origin=str(artifact.path / CHECK),
+        origin=str(path),
     )
 
 

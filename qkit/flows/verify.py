@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from qkit.report import compare, package_version
 from qkit.report.metrics import BOUNDS as BOUNDS
 from qkit.targets import COMPRESSED, LOWERED, QUANTO
 from qkit.targets.artifact import PROGRAM, Artifact, check_files, read_artifact
+from qkit.targets.trial import fresh_command
 from qkit.targets.weights import read_tensors
 
 # The files of runtimes that are verified by themselves, and their targets.
@@ -199,10 +199,7 @@ def fresh_process(
     with tempfile.TemporaryDirectory(prefix="qkit-verify-") as folder:
         job_path, out = Path(folder, "job.json"), Path(folder, "out")
         job_path.write_text(json.dumps(job | {"out": str(out)}), encoding="utf-8")
-        # -P: what lies in the working directory must not shadow an installed package. A factory
-        # of the user's may lie there; resolve_factory looks for it itself.
-        flags = ["-P"] if sys.version_info >= (3, 11) else []
-        command = [sys.executable, *flags, "-m", "qkit.flows.worker", str(job_path)]
+        command = fresh_command("qkit.flows.worker", str(job_path))
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode != 0:
             code, lines = process.returncode, process.stderr.strip().splitlines() or ["no output"]

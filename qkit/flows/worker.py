@@ -24,22 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qkit.errors import InputError, QkitError
+from qkit.errors import QkitError
 from qkit.flows.check import inputs_of, layer_outputs
+from qkit.flows.foreign import from_pretrained, requantized
 from qkit.flows.runtime import work
 from qkit.flows.source import open_source
 from qkit.models import resolve_factory, run
 from qkit.models.checkpoint import Checkpoint, open_folder
-from qkit.models.factory import offline_transformers, spread, ties_of, transformers_class
 from qkit.report import peak_rss_bytes, resident_bytes
-from qkit.targets.artifact import WEIGHTS, Artifact, read_artifact
+from qkit.targets.artifact import Artifact, read_artifact
 from qkit.targets.coded import DIGEST, digest
 from qkit.targets.program import load_program
-from qkit.targets.quanto import map_of
 from qkit.targets.torch import load
-from qkit.targets.weights import read_tensors, read_weights, save_tensors, with_aliases
+from qkit.targets.weights import read_weights, save_tensors, with_aliases
 
 
 def main(job_path: str) -> int:
@@ -78,9 +77,9 @@ def _do(job: dict[str, Any]) -> None:
             facts[DIGEST] = digest(read_weights(artifact))
             continue
         if way == "transformers":
-            model = _from_pretrained(artifact)
+            model = from_pretrained(artifact.path, (artifact.builder or {}).get("class", ""))
         elif way == "quanto":
-            model = _requantized(artifact, _architecture(job))
+            model = requantized(artifact.path, _class_of(artifact), _architecture(job))
         elif way == "program":
             model = load_program(artifact, read_weights(artifact))
         else:
@@ -101,44 +100,10 @@ def _do(job: dict[str, Any]) -> None:
     out.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def _from_pretrained(artifact: Artifact) -> nn.Module:
-    """The model as transformers loads it from the folder, without qkit's help."""
-    with offline_transformers() as transformers:
-        name = (artifact.builder or {}).get("class", "")
-        cls = transformers_class(transformers, name, artifact.path)
-        model, info = cls.from_pretrained(
-            artifact.path, local_files_only=True, output_loading_info=True
-        )
-    wrong = {key: sorted(map(str, info[key])) for key in info if info[key]}
-    if wrong:
-        raise InputError("transformers does not load the weights", got=json.dumps(wrong)[:500])
-    return model.eval()
-
-
-def _requantized(artifact: Artifact, architecture: Any) -> nn.Module:
-    """The model as optimum-quanto loads it from the folder, without qkit's help."""
-    from optimum.quanto import requantize
-
-    builder, path = artifact.builder, map_of(artifact.path)
-    assert path is not None
-    if builder is not None and builder["kind"] == "transformers":
-        with offline_transformers() as transformers:
-            cls = transformers_class(transformers, builder["class"], artifact.path)
-            config = transformers.AutoConfig.from_pretrained(artifact.path, local_files_only=True)
-            model = cls._from_config(config)  # as quanto does: in the dtype that config.json names
-    else:
-        model = architecture if isinstance(architecture, nn.Module) else architecture()
-    assert isinstance(model, nn.Module)
-    # Copied, not mapped: see BF16_CRASH in qkit.flows.quanto.
-    stored = {name: t.clone() for name, t in read_tensors(artifact.path / WEIGHTS).items()}
-    state = spread(stored, ties_of(model))
-    requantize(model, dict(state), json.loads(path.read_text(encoding="utf-8")))
-    # It loads what it finds and is content.
-    if wrong := model.state_dict().keys() ^ state.keys():
-        raise InputError("optimum-quanto does not load the weights", got=", ".join(sorted(wrong)))
-    if tie := getattr(model, "tie_weights", None):
-        tie()
-    return model.eval()
+def _class_of(artifact: Artifact) -> str | None:
+    """The class of transformers that the artifact was made of, if it was one."""
+    builder = artifact.builder
+    return builder["class"] if builder is not None and builder["kind"] == "transformers" else None
 
 
 def _architecture(job: dict[str, Any]) -> Any:

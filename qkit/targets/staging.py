@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 
 from qkit.errors import OutputError, UsageError
 
-# The file that makes a folder an artifact of ours; only such a folder is ever replaced.
-MARKER = "qkit.json"
+# The files that make a folder one of ours: an artifact, a benchmark. Only such a folder is ever
+# replaced.
+MARKER, BENCH = "qkit.json", "bench.json"
 
 # What this process is writing now: a folder with our own process number that is not listed here
 # was left by a dead run (in a container every run may have the same number).
@@ -76,7 +77,9 @@ def _starts_with(out: Path, magic: bytes) -> bool:
 
 
 def _is_ours(out: Path) -> bool:
-    return out.is_dir() and not out.is_symlink() and (out / MARKER).is_file()
+    if not out.is_dir() or out.is_symlink():
+        return False
+    return any((out / name).is_file() for name in (MARKER, BENCH))
 
 
 def _is_empty(out: Path) -> bool:

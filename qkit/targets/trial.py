@@ -15,15 +15,21 @@ from qkit.errors import InputError, QkitError, VerificationError
 from qkit.targets import TARGETS
 
 
+def fresh_command(module: str, *arguments: str) -> list[str]:
+    """What runs a ``module`` in a fresh process of this Python."""
+    # -P: what lies in the working directory must not shadow an installed package. A factory of the
+    # user's may lie there; resolve_factory looks for it itself.
+    flags = ["-P"] if sys.version_info >= (3, 11) else []
+    return [sys.executable, *flags, "-m", module, *arguments]
+
+
 def apart(target: str, path: Path) -> None:
     """``try_out`` of the runtime of ``target`` on a file, in a process of its own.
 
     Raises :class:`~qkit.errors.InputError` if it cannot be loaded or run, and
     :class:`~qkit.errors.VerificationError` if an output is not finite.
     """
-    # -P: what lies in the working directory must not shadow an installed package.
-    flags = ["-P"] if sys.version_info >= (3, 11) else []
-    command = [sys.executable, *flags, "-m", "qkit.targets.trial", target, str(path)]
+    command = fresh_command("qkit.targets.trial", target, str(path))
     process = subprocess.run(command, capture_output=True, text=True, errors="replace")
     told = (process.stderr.strip().splitlines() or ["no message"])[-1][:300]
     if process.returncode == VerificationError.exit_code:

@@ -319,3 +319,22 @@ def test_a_float_file_has_no_quantization_to_check(mlp, tmp_path):
     BACKEND.export_float(captured, tmp_path / "m.onnx")
     assert not check_rules(tmp_path / "m.onnx").met
     assert Counter(probe(tmp_path / "m.onnx")).total() == 2
+
+
+def test_inputs_of_other_names_are_told(tmp_path):
+    class Two(nn.Module):
+        def forward(self, a, b):
+            return a + 2 * b
+
+    a, b = torch.randn(2, 3), torch.randn(2, 3)
+    captured = capture(Two(), (), {"a": a, "b": b})
+    BACKEND.export_float(captured, tmp_path / "m.onnx")
+    session = load(tmp_path / "m.onnx", 1)
+    assert close(session((), {"b": b, "a": a})[0], a + 2 * b)
+    assert close(session((b,), {"a": a})[0], a + 2 * b)
+    with pytest.raises(InputError, match="nothing is given for b") as caught:
+        session((), {"a": a, "c": b})
+    assert (caught.value.got, caught.value.wanted) == ("a, c", "a, b")
+    with pytest.raises(InputError, match="nothing is given for b") as caught:
+        session((a,), {})
+    assert caught.value.got == "input 0"

@@ -27,8 +27,20 @@ from qkit.targets.inductor.write import INPUTS
 # A call of a kernel through the C interface, and those that multiply integer weights.
 _CALL = re.compile(r"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_cpu_(\w+)\(")
 _LAYER = re.compile(r"_*q(conv|linear)")
+# The folder of its code.
+_INSIDE = "/data/aotinductor/"
 # Operators through torch that take codes.
 _CODES = "quantized::"
+
+
+def is_package(path: Path) -> bool:
+    """Whether a file is an AOTInductor package, and not a ``torch.export`` program, whose files end
+    alike; by the names in it, without running it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(_INSIDE in name for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False
 
 
 def read(path: Path) -> dict[str, str]:
@@ -40,7 +52,7 @@ def read(path: Path) -> dict[str, str]:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
             names = archive.namelist()
-            inside = [name for name in names if "/data/aotinductor/" in name]
+            inside = [name for name in names if _INSIDE in name]
             texts = {
                 name.rpartition("/")[2].partition(".")[2]: archive.read(name).decode()
                 for name in inside

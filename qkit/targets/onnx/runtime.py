@@ -65,6 +65,13 @@ def load(path: Path, threads: int) -> Session:
         given = dict(zip(free, args, strict=False)) | {
             name: tensor for name, tensor in kwargs.items() if name in names
         }
+        if missing := [name for name in names if name not in given]:
+            raise InputError(
+                f"the graph has other inputs: nothing is given for {', '.join(missing)}",
+                where=str(path),
+                got=", ".join([*(f"input {i}" for i in range(len(args))), *kwargs]),
+                wanted=", ".join(names),
+            )
         feed = {name: tensor.detach().numpy() for name, tensor in given.items()}
         try:
             return [torch.from_numpy(array) for array in session.run(None, feed)]
