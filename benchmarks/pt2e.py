@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from cells import Cell, append, attempt, records
 from tables import RESULTS, ROOT, markdown
 
 RESULTS_FILE = RESULTS / "pt2e.jsonl"
@@ -33,7 +31,6 @@ LEAST_DB = {"static": 10.0, "dynamic": 30.0}
 LEAST_OF = {"MiniLM": 17.0}
 # Batches that the artifact must take besides the one it was made with.
 BATCHES = (1, 3)
-Cell = dict[str, Any]
 
 
 def measure(model: str, mode: str, target: str) -> Cell:
@@ -90,22 +87,6 @@ def judged(cell: Cell) -> str:
     if found < least:
         return f"{found:.1f} dB, less than {least:g}"
     return "passed"
-
-
-def attempt(model: str, mode: str, target: str, limit: float) -> Cell:
-    """The cell, in a process of its own that is stopped after ``limit`` seconds."""
-    start, cell = time.perf_counter(), {"model": model, "mode": mode, "target": target}
-    command = [sys.executable, __file__, "--cell", model, mode, target]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return cell | {"status": f"not done after {limit:g} s"}
-    cell["seconds"] = round(time.perf_counter() - start, 1)
-    lines = done.stderr.strip().splitlines() or ["no message"]
-    if done.returncode:
-        return cell | {"status": lines[-1][:400], "exit": done.returncode}
-    cell |= json.loads(done.stdout.splitlines()[-1])
-    return cell | {"status": judged(cell)}
 
 
 def only(model: str, mode: str, target: str) -> None:
@@ -175,11 +156,6 @@ def page(measured: list[Cell]) -> str:
     return top + markdown(head, rows) + "\n" + (f"{told}\n" if told else "")
 
 
-def records(path: Path) -> list[Cell]:
-    """The lines of a file of results; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def figures(record: Cell) -> str:
     """The figures of a cell that was measured."""
     return (
@@ -218,10 +194,12 @@ def main() -> None:
         for cell in cells(given):
             if cell in done and not given.again:
                 continue
-            record = attempt(*cell, given.limit)
+            record = dict(zip(("model", "mode", "target"), cell, strict=True))
+            record |= attempt(__file__, ["--cell", *cell], given.limit)
+            if "ran" in record:
+                record["status"] = judged(record)
             print(*cell, record["status"], figures(record) if "ran" in record else "", flush=True)
-            with given.results.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            append(given.results, record)
 
 
 if __name__ == "__main__":

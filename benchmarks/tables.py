@@ -142,6 +142,30 @@ def compression() -> str:
     return markdown([*head, "weights kept", "accuracy", "of the file"], rows)
 
 
+def pruning() -> str:
+    """Half of the multiply-adds removed: what is left of each architecture, and how fast it is."""
+    found = {r["model"]: r for r in read("pruning")}
+    rows = []
+    for name, record in found.items():
+        ours, peer = record.get("qkit", {}), record.get("torch-pruning", {})
+        shares = [f"{ours[key]:.0%}" if key in ours else "" for key in ("macs", "params", "file")]
+        speeds = [_speeds(row) for row in (ours, peer)]
+        rows.append([name, record["status"], *shares, speeds[0], speeds[1]])
+    head = ["architecture", "qkit", "multiply-adds left", "parameters", "file", "faster"]
+    return markdown([*head, "Torch-Pruning, faster"], rows) if rows else ""
+
+
+def _speeds(row: dict[str, Any]) -> str:
+    """How many times as fast a pruned model is in torch, and in ONNX Runtime; or why it is none."""
+    if "speedup" not in row:
+        return f"none: {row.get('reason', 'not measured')[:80]}"
+    return (
+        f"{row['speedup']:.2f}x, {row['onnx_speedup']:.2f}x"
+        if "onnx_speedup" in row
+        else (f"{row['speedup']:.2f}x, no ONNX")
+    )
+
+
 def accuracy() -> str:
     """SQNR of int8 on held-out data by treatment, beside ONNX Runtime's own quantization."""
     records = [r for r in read("accuracy") if "model" in r]
@@ -162,6 +186,7 @@ def accuracy() -> str:
 TABLES = {
     "accuracy": accuracy,
     "compression": compression,
+    "pruning": pruning,
     "quality": quality,
     "speed": speed,
     "coding": coding,

@@ -1,0 +1,44 @@
+"""Cells of a benchmark: each a process of its own with a time limit, and one JSON line.
+
+Lines are appended when they are done, so a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Cell = dict[str, Any]
+
+
+def attempt(script: str, options: Sequence[str], limit: float) -> Cell:
+    """What ``script`` with ``options`` prints last, in a process that is stopped after ``limit``
+    seconds; where it fails, its ``status`` instead."""
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(
+            [sys.executable, script, *options], capture_output=True, text=True, timeout=limit
+        )
+    except subprocess.TimeoutExpired:
+        return {"status": f"not done after {limit:g} s"}
+    seconds = {"seconds": round(time.perf_counter() - start, 1)}
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    if done.returncode:
+        return seconds | {"status": lines[-1][:400], "exit": done.returncode}
+    return seconds | json.loads(done.stdout.splitlines()[-1])
+
+
+def records(path: Path) -> list[Cell]:
+    """The lines of a file of results; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def append(path: Path, record: Cell) -> None:
+    """Add a line to a file of results."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
