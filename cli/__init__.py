@@ -94,7 +94,7 @@ def main(args: list[str] | None = None) -> int:
     debug = "--debug" in args
     _unwind_on_signals()
     try:
-        result = group.main(args, prog_name="qkit", standalone_mode=False)
+        result = group.main(list(args), prog_name="qkit", standalone_mode=False, obj=args)
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, click.exceptions.Abort):
         return _interrupted(signal.SIGINT)

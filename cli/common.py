@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,17 @@ threads_option = click.option(
 )
 seed_option = click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of generated inputs."
+)
+
+
+report_option = click.option(
+    "--report",
+    "reports",
+    multiple=True,
+    type=click.Path(),
+    metavar="FILE",
+    help="Also write a report for people: FILE.html (one file, with charts), FILE.md or FILE.json "
+    "(of the same numbers). Repeatable.",
 )
 
 
@@ -85,6 +97,11 @@ architecture_options = options(
         help="Unpickle a file that is not plain torch.nn. This RUNS CODE that is in the file.",
     ),
 )
+
+
+def typed() -> str:
+    """The command as it was typed, to run it again."""
+    return shlex.join(["qkit", *click.get_current_context().find_root().obj])
 
 
 def set_threads(threads: int | None) -> None:

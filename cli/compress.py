@@ -9,9 +9,11 @@ from qkit.cli.common import (
     json_option,
     print_json,
     quiet_option,
+    report_option,
     set_threads,
     teller,
     threads_option,
+    typed,
 )
 
 
@@ -26,7 +28,8 @@ from qkit.cli.common import (
     help="Keep the model after each step there, and go on behind what is there.",
 )
 @architecture_options
-@click.option("--dry-run", is_flag=True, help="Check everything, show the plan, write nothing.")
+@click.option("--dry-run", is_flag=True, help="Check everything, show the plan, write no model.")
+@report_option
 @click.option("--overwrite", is_flag=True, help="Replace an artifact at the output.")
 @threads_option
 @json_option
@@ -40,6 +43,7 @@ def command(
     model: str | None,
     trust_pickle: bool,
     dry_run: bool,
+    reports: tuple[str, ...],
     overwrite: bool,
     threads: int | None,
     as_json: bool,
@@ -62,14 +66,17 @@ def command(
 
     from qkit.flows.compress import CompressRequest, compress_file, read_recipe
     from qkit.flows.compress.run import plan_lines
+    from qkit.flows.documents import check_reports, write_report
 
     set_threads(threads)
     talk = not (quiet or as_json)
+    check_reports(*reports, overwrite=overwrite)
 
     request = CompressRequest(recipe, path, output, work, model, trust_pickle, overwrite, dry_run)
     if talk and dry_run:
         click.echo("\n".join(plan_lines(read_recipe(recipe))))
     ledger = compress_file(request, told=teller(talk))
+    write_report(ledger, *reports, command=typed(), overwrite=overwrite)
     if as_json:
         print_json(ledger.to_json())
     elif not quiet:

@@ -16,12 +16,14 @@ from qkit.cli.common import (
     print_result,
     progress_bar,
     quiet_option,
+    report_option,
     runtime_cache_option,
     seed_option,
     set_threads,
     size_bytes,
     teller,
     threads_option,
+    typed,
 )
 from qkit.cli.training import training_options, training_request
 
@@ -162,7 +164,8 @@ if TYPE_CHECKING:
     help="With int8 for a runtime: leave the layers that cost most in float, at most a quarter, "
     "until the output has this SQNR, else exit 6.",
 )
-@click.option("--dry-run", is_flag=True, help="Quantize and compare, write nothing.")
+@click.option("--dry-run", is_flag=True, help="Quantize and compare, write no artifact.")
+@report_option
 @click.option("--overwrite", is_flag=True, help="Replace an artifact at the output.")
 @threads_option
 @seed_option
@@ -181,6 +184,7 @@ def command(
     workers: int | None,
     resume: bool,
     backend: str,
+    reports: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Quantize the model in PATH and verify the result.
@@ -192,6 +196,7 @@ def command(
 
     from qkit.errors import UsageError
     from qkit.flows import Request, choose, lower_file, quantize_file, quanto_file, stream_file
+    from qkit.flows.documents import check_reports, write_report
     from qkit.targets import LOWERED
 
     set_threads(threads)
@@ -210,7 +215,10 @@ def command(
         raise UsageError("--runtime-cache is for qkit's own layers", got=f"--backend {backend}")
     if (stream or streaming) and backend != "qkit":
         raise UsageError("--stream is for qkit's own quantization", got=f"--backend {backend}")
-    request = Request(path=path, input=input_spec, training=training, **options)
+    check_reports(*reports, overwrite=options["overwrite"])
+    request = Request(
+        path=path, input=input_spec, training=training, details=bool(reports), **options
+    )
 
     told = teller(talk)
     lowered = request.target in LOWERED
@@ -230,4 +238,5 @@ def command(
         flow = stream_file if choice.streamed else quantize_file
     with progress_bar("quantizing", enabled=talk, count_bytes=flow is stream_file) as progress:
         report = flow(request, progress=progress, told=told, **streaming)
+    write_report(report, *reports, command=typed(), overwrite=request.overwrite)
     print_result(report, print_report, as_json=as_json, quiet=quiet)

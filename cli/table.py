@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +15,7 @@ from qkit.flows.compress import Ledger
 from qkit.report import LayerRow, Report
 from qkit.report.distill import DistillReport
 from qkit.report.pruning import PruneReport
+from qkit.report.sentences import latency, summary, verified
 from qkit.report.text import decibels, largest, size
 
 MAX_ROWS = 60
@@ -95,69 +95,6 @@ def _pairs(lines: dict[str, str]) -> Table:
     return table
 
 
-def summary(report: Report) -> dict[str, str]:
-    """The totals of a report in words, in reading order."""
-    cover, bytes_, lines = report.coverage, report.size_bytes, {}
-    done = cover.get("done", "quantized")
-    lines["scheme"] = report.scheme_long
-    lines["coverage"] = (
-        f"{cover['fraction']:.1%} of {cover['parameters']:,} parameters; "
-        f"{cover['layers_quantized']} layers {done}, {cover['layers_left']} left"
-        + (" in float" if done == "quantized" else "")
-    )
-    algorithms = Counter(row.algorithm for row in report.layers if row.algorithm)
-    if algorithms:
-        lines["algorithm"] = ", ".join(f"{name} x{count}" for name, count in algorithms.items())
-    folder = f"; the folder takes {size(bytes_['folder'])}" if "folder" in bytes_ else ""
-    lines["size"] = (
-        f"{size(bytes_['source'])} -> {size(bytes_['artifact'])} ({bytes_['ratio']:.3f}x){folder}"
-    )
-    lines["error"] = _error(report)
-    if report.metrics:
-        for name, values in report.metrics.items():
-            lines[name] = ", ".join(f"{key} {value:g}" for key, value in values.items())
-    if report.latency_ms:
-        lines["latency"] = _latency(report.latency_ms, "float", "quantized")
-    if report.kernels:
-        lines["kernels"] = ", ".join(f"{name} x{count}" for name, count in report.kernels.items())
-    lines["verified"] = _verdict(report.verification)
-    lines["cost"] = f"{report.seconds:.1f} s, peak memory {size(report.peak_rss_bytes)}"
-    if report.artifact:
-        lines["artifact"] = report.artifact
-    return lines
-
-
-def _verdict(check: dict[str, Any]) -> str:
-    if check.get("status") != "verified":
-        return f"no: {check.get('status', 'not run')}"
-    same = "bit-identical" if check["bit_identical"] else f"within {check['max_rel_error']:.2g}"
-    ways = " and ".join(c["way"] for c in check["checks"])
-    where = "in a fresh process" if check["fresh_process"] else "in this process"
-    return f"{where} ({check['runtime']}; {ways}): {same}"
-
-
-def _error(report: Report) -> str:
-    error = report.error
-    if error["level"] == "weights":
-        return f"worst layer's weight SQNR {decibels(error['sqnr_db'])}"
-    return (
-        f"output SQNR {decibels(error['sqnr_db'])}, cosine {error['cosine']:.6f}, "
-        f"max abs {largest(error['max_abs'])} (inputs {error['inputs']})"
-    )
-
-
-def _latency(latency: dict[str, Any], *names: str) -> str:
-    sides = [
-        f"{name} {latency[name]['median']:.3g} ms [{latency[name]['p10']:.3g}, "
-        f"{latency[name]['p90']:.3g}]"
-        for name in names
-    ]
-    return (
-        f"{' -> '.join(sides)}: {latency['speedup']:.2f}x "
-        f"({latency['runtime']}, {latency['threads']} threads, median [p10, p90])"
-    )
-
-
 def print_pruning(report: PruneReport) -> None:
     """The groups, then the totals and the verdict."""
     out = console()
@@ -178,8 +115,8 @@ def print_pruning(report: PruneReport) -> None:
     error = report.error
     lines["outputs"] = f"cosine {error['cosine']:.6f} to those before (inputs {error['inputs']})"
     if report.latency_ms:
-        lines["latency"] = _latency(report.latency_ms, "before", "after")
-    lines["verified"] = _verdict(report.verification)
+        lines["latency"] = latency(report.latency_ms, "before", "after")
+    lines["verified"] = verified(report.verification)
     lines["cost"] = f"{report.seconds:.1f} s, peak memory {size(report.peak_rss_bytes)}"
     if report.artifact:
         lines["artifact"] = report.artifact
@@ -195,7 +132,7 @@ def print_distillation(report: DistillReport) -> None:
         lines[name] = ", ".join(f"{key} {value:g}" for key, value in values.items())
     done = report.training
     lines["training"] = f"{len(done['history'])} epochs, the best was {done['best_epoch']}"
-    lines["verified"] = _verdict(report.verification)
+    lines["verified"] = verified(report.verification)
     lines["cost"] = f"{report.seconds:.1f} s, peak memory {size(report.peak_rss_bytes)}"
     if report.artifact:
         lines["artifact"] = report.artifact
@@ -226,7 +163,7 @@ def print_ledger(ledger: Ledger) -> None:
         )
     out.print(table)
     if ledger.artifact:
-        out.print(_pairs({"verified": _verdict(ledger.verification), "artifact": ledger.artifact}))
+        out.print(_pairs({"verified": verified(ledger.verification), "artifact": ledger.artifact}))
 
 
 def print_comparison(result: Comparison) -> None:

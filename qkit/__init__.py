@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qkit.flows.compare import compare as compare
     from qkit.flows.compiled import compiled as compiled
     from qkit.flows.compress import compress as compress
+    from qkit.flows.documents import write_report as write_report
     from qkit.flows.factorize import factorize as factorize
     from qkit.flows.factorize import merge_factors as merge_factors
     from qkit.flows.inspect import inspect as inspect
@@ -59,6 +60,7 @@ _HOMES = {
     "save_coded": "qkit.flows",
     "sparsify": "qkit.flows.sparsify",
     "verify": "qkit.flows",
+    "write_report": "qkit.flows.documents",
 }
 
 __all__ = sorted(_HOMES)

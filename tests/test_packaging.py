@@ -106,6 +106,7 @@ def test_wheel_holds_all_sources_and_nothing_else(checkout: Path) -> None:
     names = set(zipfile.ZipFile(build(checkout, "wheel")).namelist())
     ours = {str(p.relative_to(ROOT)) for p in (ROOT / "qkit").rglob("*.py")}
     ours |= {f"qkit/cli/{p.name}" for p in (ROOT / "cli").glob("*.py")}
+    ours |= {str(p.relative_to(ROOT)) for p in (ROOT / "qkit/report/page").iterdir()}
     ours.add("qkit/py.typed")
     packaged = {name for name in names if ".dist-info/" not in name}
     kernels = {name for name in packaged if re.fullmatch(r"qkit/_kernels\.[\w.-]+\.so", name)}

@@ -20,10 +20,25 @@ def multiply_adds(model: nn.Module, inputs: Inputs) -> int:
 
     What only adds, norms and activations are not counted, as is usual.
     """
+    return _counted(model, inputs).get_total_flops() // 2
+
+
+def multiply_adds_by_module(model: nn.Module, inputs: Inputs) -> dict[str, int]:
+    """:func:`multiply_adds` of each module by its name, of all its calls; those with any."""
+    root = type(model).__name__
+    counts = _counted(model, inputs).get_flop_counts().items()
+    return {
+        name.removeprefix(root).removeprefix("."): sum(each.values()) // 2
+        for name, each in counts
+        if name == root or name.startswith(f"{root}.")
+    }
+
+
+def _counted(model: nn.Module, inputs: Inputs) -> FlopCounterMode:
     counter = FlopCounterMode(display=False, custom_mapping=_OURS)
     with counter, eval_mode(model):
         run(model, for_dtype(inputs, model))
-    return counter.get_total_flops() // 2
+    return counter
 
 
 def _product(x: Shape, *args: Any, out_shape: Shape, **kwargs: Any) -> int:

@@ -21,6 +21,7 @@ from qkit.errors import RequestError, UsageError
 from qkit.flows.check import recorded, small
 from qkit.flows.data import Data, in_memory
 from qkit.flows.data_check import suspicions
+from qkit.flows.details import weight_distributions
 from qkit.flows.evaluate import (
     COMPARED_SAMPLES,
     MAX_SLOWDOWN,
@@ -33,28 +34,24 @@ from qkit.flows.evaluate import (
     tensor_bytes,
 )
 from qkit.flows.goal import reach
+from qkit.flows.lowered_rows import lowered_distributions, lowered_rows
 from qkit.flows.pt2e import convert
 from qkit.flows.ptq import Progress, no_progress, quantize_module
-from qkit.flows.qat import Qat, Tuned, fill_training, train_quantized, trained_scheme
+from qkit.flows.qat import Qat, fill_training, train_quantized, trained_scheme
 from qkit.flows.quantize import AUTO, check_algorithms, resolve_algorithm
-from qkit.flows.rows import left_row, quantized_row
 from qkit.flows.runtime import FLOAT, judge, run_fresh
 from qkit.flows.save import check_budgets, fill_files, head, write_report
-from qkit.graph import BATCH, Dialect, capture
+from qkit.graph import BATCH, capture
 from qkit.graph.capture import Dims
-from qkit.graph.sites import Site
 from qkit.models import Inputs, Source, run
-from qkit.nn import Entry, survey
-from qkit.numerics import choose_qparams, fake_quantize
-from qkit.report import LayerRow, Report, measure, tensor_sqnr_db
+from qkit.nn import Entry
+from qkit.report import LayerRow, Report, measure
 from qkit.spec import Recipe, Scheme, parse
 from qkit.targets import LOWERED, check
 from qkit.targets.artifact import CHECK, read_artifact, write_meta
 from qkit.targets.backend import Audit, Backend, Converted, backend
 from qkit.targets.staging import check_destination, staged
 from qkit.targets.weights import save_tensors
-
-PT2E = "pt2e"
 
 
 def lower(
@@ -76,6 +73,7 @@ def lower(
     min_sqnr: float | None = None,
     calib_report: bool = False,
     goal_sqnr: float | None = None,
+    details: bool = False,
     progress: Progress = no_progress,
     told: Callable[[str], None] = lambda text: None,
 ) -> Report:
@@ -85,7 +83,8 @@ def lower(
     (``w4a16-g32``, by ``algorithm`` as in :func:`qkit.quantize`). ``calib`` are real inputs, in
     batches; a dynamic scheme takes no more of them than the comparison does. ``dims`` names dynamic
     dimensions besides the batch (:func:`qkit.graph.capture`), ``options`` are the target's.
-    With ``calib_report`` the report has a row for each activation with a learnt range. With
+    With ``calib_report`` the report has a row for each activation with a learnt range, with
+    ``details`` histograms of weights. With
     ``goal_sqnr`` the layers that cost most stay in float, as many as the output needs for that SQNR
     (:func:`qkit.flows.goal.reach`). With ``qat`` (:class:`qkit.flows.qat.Qat`) the quantized model
     is trained before it is written (``int8-static``, also called ``int8-qat``); ``calib`` are its
@@ -119,7 +118,10 @@ def lower(
     if main.weight_only:
         if goal_sqnr is not None:
             raise UsageError("--goal-sqnr is for int8-static and int8-dynamic", got=main.name)
-        converted, rows = _weight_only(model, recipe, data, runtime, dims, options, progress)
+        converted, qmodel, rows = _weight_only(
+            model, recipe, data, runtime, dims, options, progress
+        )
+        drawn = weight_distributions(model, qmodel, rows)
         long = main.long_form()
     else:
         if other := {rule.algorithm for rule in recipe.rules if rule.scheme} - {"rtn"}:
@@ -136,7 +138,8 @@ def lower(
         else:
             converted = convert(model, recipe, data, watch=calib_report, **learnt, **given)
         converted = replace(converted, module=runtime.specialize(converted))
-        rows, long = _rows(model, converted, dialect, tuned), dialect.describe(main)
+        rows, long = lowered_rows(model, converted, dialect, tuned), dialect.describe(main)
+        drawn = lowered_distributions(model, converted, tuned, rows)
     inputs = _compared(converted, data)
     report = new_report(main, target, recipe, rows)
     report.scheme_long = long
@@ -150,6 +153,8 @@ def lower(
     if tuned is not None and qat is not None:
         fill_training(report, qat, tuned)
     report.kernels = {}
+    if details:
+        report.details["histograms"] = [asdict(each) for each in drawn]
     least = max((limit for limit in (min_sqnr, goal_sqnr) if limit is not None), default=None)
     check_budgets(report, min_coverage=min_coverage, min_sqnr=least)
     before, after = (tensor_bytes(m.state_dict()) for m in (model, converted.module))
@@ -214,8 +219,8 @@ def _weight_only(
     dims: Dims | None,
     options: dict[str, Any],
     progress: Progress,
-) -> tuple[Converted, list[LayerRow]]:
-    """qkit's own layers, as :func:`qkit.quantize` makes them, in the target's form."""
+) -> tuple[Converted, nn.Module, list[LayerRow]]:
+    """qkit's own layers, as :func:`qkit.quantize` makes them, in the target's form and as such."""
 
     def obstacle(entry: Entry, scheme: Scheme) -> str | None:
         if type(entry.module) is not nn.Linear:
@@ -233,63 +238,7 @@ def _weight_only(
     space = f"qkit_{runtime.name}::"
     names = [getattr(getattr(n.target, "_schema", None), "name", "") for n in module.graph.nodes]
     expected = sum(name.startswith(space) for name in names)
-    return Converted(captured, module, (), expected, options), rows
-
-
-def _rows(
-    model: nn.Module, converted: Converted, dialect: Dialect, tuned: Tuned | None
-) -> list[LayerRow]:
-    """One row for each module with parameters, by what became of its weight."""
-    sites: dict[str, Site] = {}
-    for site in converted.sites:
-        if site.weight is not None:
-            sites.setdefault(site.weight, site)
-            sites.setdefault(site.owner, site)
-    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    trained = {} if tuned is None else tuned.weights
-    algorithm = PT2E if tuned is None else "qat"
-    rows = []
-    for entry in survey(model):
-        found = _site(entry, sites)
-        if found is None:
-            reason = f"{dialect.name} computes {entry.kind} in float"
-            if "BatchNorm" in entry.kind:
-                reason = "folded into the convolution before it, or computed in float"
-            rows.append(left_row(entry, reason))
-        elif found.scheme is None:
-            rows.append(left_row(entry, found.reason))
-        else:
-            weight = getattr(entry.module, "weight", named.get(str(found.weight)))
-            weight = trained.get(str(found.weight), weight)
-            rows.append(_row(entry, found, found.scheme, weight, algorithm))
-    return rows
-
-
-def _site(entry: Entry, sites: Mapping[str, Site]) -> Site | None:
-    """What became of the weight of ``entry``; ``sites`` are by weight and by its owner."""
-    if isinstance(entry.module, nn.Embedding):  # which may share it with a layer
-        return None
-    # The layers of a module that is opened are called as its parameters.
-    names = [f"{entry.name}.weight", entry.name, f"{entry.tied_to}.weight", str(entry.tied_to)]
-    if found := next((sites[name] for name in names if name in sites), None):
-        return found
-    whole = sites.get(entry.inside or "")
-    return whole if whole is not None and whole.kind == "LSTM" else None
-
-
-def _row(
-    entry: Entry, site: Site, scheme: Scheme, weight: Tensor | None, algorithm: str
-) -> LayerRow:
-    """The row of a module with a quantized weight."""
-    spec = scheme.weight
-    bits, sqnr = float(spec.format.bits), None
-    if isinstance(weight, Tensor):
-        w = weight.detach()
-        qparams = choose_qparams(w, spec)
-        bits += 32 * qparams.scale.numel() / w.numel()
-        sqnr = tensor_sqnr_db(w, fake_quantize(w, qparams, spec))
-    note = None if site.kind in (entry.kind, entry.inside_kind) else f"its {site.kind}"
-    return quantized_row(entry, scheme.name, algorithm, bits, sqnr, note)
+    return Converted(captured, module, (), expected, options), qmodel, rows
 
 
 def _compared(converted: Converted, data: Data) -> Inputs:

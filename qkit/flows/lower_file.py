@@ -72,6 +72,7 @@ def lower_file(
         min_sqnr=request.min_sqnr,
         calib_report=request.calib_report,
         goal_sqnr=request.goal_sqnr,
+        details=request.details,
         progress=progress,
         told=told,
     )

@@ -16,6 +16,7 @@ from qkit.errors import InputError, RequestError, UsageError, nearest
 from qkit.flows.casts import cast_module
 from qkit.flows.coded import save_coded
 from qkit.flows.data import gathered
+from qkit.flows.details import fill_details
 from qkit.flows.evaluate import (
     AnyInputs,
     as_inputs,
@@ -108,6 +109,7 @@ def quantize(
     runtime_cache: bool = False,
     target: str = "torch",
     latency: bool = True,
+    details: bool = False,
     progress: Progress = no_progress,
 ) -> tuple[nn.Module, Report]:
     """Quantize ``model``; return the quantized model and the report.
@@ -121,7 +123,8 @@ def quantize(
     ``algorithm`` is ``rtn`` (round to nearest), ``gptq`` (needs ``calib``) or ``auto``: ``gptq``
     for fewer than 8 bits where there is ``calib``, else ``rtn``.
     ``model`` is not changed unless ``in_place``. ``runtime_cache`` lets convolutions keep their
-    weights in float between calls.
+    weights in float between calls. ``details`` measures what :func:`qkit.write_report` shows
+    besides: histograms of weights, and the time in each layer.
 
     Raises :class:`~qkit.errors.UsageError` for an unknown scheme, algorithm or name,
     :class:`~qkit.errors.RequestError` if the target cannot express the scheme,
@@ -155,6 +158,7 @@ def quantize(
         in_place=in_place,
         runtime_cache=runtime_cache,
         latency=latency,
+        details=details,
         progress=progress,
         start=start,
     )
@@ -170,6 +174,7 @@ def _quantize(
     in_place: bool,
     runtime_cache: bool,
     latency: bool,
+    details: bool,
     progress: Progress,
     start: float,
     obstacle: Obstacle = no_obstacle,
@@ -193,7 +198,10 @@ def _quantize(
             f"runtime cache: convolutions keep their weights in float, {megabytes:.1f} MB of memory"
         )
     fill_size(report, float_bytes, tensor_bytes(qmodel.state_dict()))
-    fill_comparison(report, model, qmodel, None if in_place else inputs, latency=latency)
+    compared = None if in_place else inputs
+    fill_comparison(report, model, qmodel, compared, latency=latency)
+    if details and not in_place:
+        fill_details(report, model, qmodel, compared, latency=latency)
     fill_cost(report, start)
     return qmodel, report
 
@@ -228,6 +236,7 @@ class Request:
     image: tuple[str, ...] = ()
     calib_report: bool = False
     goal_sqnr: float | None = None
+    details: bool = False
     training: TrainRequest | None = None
 
 
@@ -301,6 +310,7 @@ def quantize_file(
         in_place=False,
         runtime_cache=request.runtime_cache,
         latency=not request.dry_run,
+        details=request.details,
         progress=progress,
         start=start,
         obstacle=obstacle,

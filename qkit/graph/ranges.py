@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -11,7 +12,8 @@ from qkit.graph.kinds import kind_of, owner_of
 from qkit.graph.observe import PerChannelRange
 from qkit.numerics import QParams, dequantize, quantize
 from qkit.numerics.histogram import Histogram
-from qkit.report import ActivationRow, sqnr_db
+from qkit.report import ActivationRow, Distribution, sqnr_db
+from qkit.report.distribution import distribution, least_exact
 
 # The share of values that outliers are measured against.
 USUAL = 0.999
@@ -38,11 +40,15 @@ def watch_activations(prepared: fx.GraphModule) -> None:
 
 def activation_rows(prepared: fx.GraphModule) -> list[ActivationRow]:
     """A row for each activation, in order, once the data have been run."""
-    return [
-        _row(_name(source), module, distribution)
+    seen = [
+        (_name(source), module, values)
         for source, module in activation_observers(prepared)
-        if (distribution := module.distribution) is not None
+        if (values := module.distribution) is not None
     ]
+    rows = [_row(*each) for each in seen]
+    for place in least_exact([row.sqnr_db for row in rows]):
+        rows[place] = replace(rows[place], distribution=_distribution(*seen[place]))
+    return rows
 
 
 def _name(source: fx.Node) -> str:
@@ -55,18 +61,32 @@ def _name(source: fx.Node) -> str:
     return f"{owner} ({what})" if owner else what
 
 
-def _row(name: str, module: PerChannelRange, distribution: Histogram) -> ActivationRow:
+def _rounded(values: Tensor, module: PerChannelRange) -> Tensor:
+    """What the learnt range makes of ``values``."""
     scale, zero_point = module.calculate_qparams()
     spec = module.observer.spec
     params = QParams(scale.reshape(()), None if spec.symmetric else zero_point.reshape(()))
-    values, counts = distribution.channel(0)
-    rounded = dequantize(quantize(values, params, spec), torch.float64)
+    return dequantize(quantize(values, params, spec), torch.float64)
+
+
+def _distribution(name: str, module: PerChannelRange, seen: Histogram) -> Distribution:
+    scale, zero_point = module.calculate_qparams()
+    values, counts = seen.channel(0)
+    before, after = (x / scale + zero_point for x in (values, _rounded(values, module)))
+    levels = torch.arange(module.quant_min, module.quant_max + 1, dtype=torch.float64)
+    return distribution(name, module.observer.spec.describe(), before, after, levels, counts)
+
+
+def _row(name: str, module: PerChannelRange, seen: Histogram) -> ActivationRow:
+    scale, zero_point = module.calculate_qparams()
+    values, counts = seen.channel(0)
+    rounded = _rounded(values, module)
     reach = [float((code - zero_point) * scale) for code in (module.quant_min, module.quant_max)]
     half = float(scale) / 2
     outside = (values < reach[0] - half) | (values > reach[1] + half)
     return ActivationRow(
         name=name,
-        seen=(float(distribution.lo[0]), float(distribution.hi[0])),
+        seen=(float(seen.lo[0]), float(seen.hi[0])),
         range=(reach[0], reach[1]),
         clipped=float(counts[outside].sum() / counts.sum()),
         outliers=_outliers(values, counts),

@@ -2,6 +2,8 @@
 
 from qkit.report.activations import ActivationRow as ActivationRow
 from qkit.report.bench import BenchReport as BenchReport
+from qkit.report.distribution import Distribution as Distribution
+from qkit.report.document import Document as Document
 from qkit.report.machine import free_memory_bytes as free_memory_bytes
 from qkit.report.machine import machine as machine
 from qkit.report.machine import package_version as package_version

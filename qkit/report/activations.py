@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qkit.report.distribution import Distribution
+
 
 @dataclass(frozen=True)
 class ActivationRow:
@@ -13,7 +15,8 @@ class ActivationRow:
     ``range`` what the codes reach, ``clipped`` the share of values beyond it by more than half a
     step. ``outliers`` is the largest magnitude over that which 99.9 % of the values stay below: 1
     to 2 is harmless, and at 10 all but one value in a thousand share a tenth of the codes.
-    ``sqnr_db`` is that of rounding the values it saw (None: exact).
+    ``sqnr_db`` is that of rounding the values it saw (None: exact). The least exact have their
+    ``distribution`` too.
     """
 
     name: str
@@ -22,3 +25,4 @@ class ActivationRow:
     clipped: float
     outliers: float
     sqnr_db: float | None
+    distribution: Distribution | None = None

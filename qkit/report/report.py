@@ -48,6 +48,9 @@ class Report:
     ``calibration`` samples, activations (:class:`~qkit.report.ActivationRow`), where asked for
     ``training`` how a quantized model was trained, and its figures after each epoch
     ``remarks`` plain sentences: what is not faster and why, what was assumed
+    ``details`` where a document was asked for: histograms of the least exact weights
+        (:class:`~qkit.report.Distribution`), times of the layers beside the roofline, bytes of the
+        layers and of the files
     """
 
     scheme: str
@@ -64,6 +67,7 @@ class Report:
     calibration: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     artifact: str | None = None

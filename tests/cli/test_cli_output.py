@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from command import files, names, qkit
 from qkit.cli.common import progress_bar
-from qkit.cli.table import decibels, size
 
 from qkit.report import Report
+from qkit.report.text import decibels, size
 
 
 def strict(text: str) -> dict:

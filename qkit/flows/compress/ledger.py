@@ -14,7 +14,7 @@ from qkit.flows.evaluate import eval_mode, for_dtype
 from qkit.flows.train import evaluate
 from qkit.models import run
 from qkit.nn import QLayer
-from qkit.report import measure
+from qkit.report import machine, measure, versions
 from qkit.report.text import as_text
 
 FORMAT = 1
@@ -40,12 +40,14 @@ class Row:
 
 @dataclass
 class Ledger:
-    """The rows of a run, the first of the model as it was given."""
+    """The rows of a run, the first of the model as it was given; the versions and the machine."""
 
     recipe: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     verification: dict[str, Any] = field(default_factory=dict)
     artifact: str | None = None
+    versions: dict[str, str] = field(default_factory=versions)
+    machine: dict[str, Any] = field(default_factory=machine)
 
     def to_json(self) -> dict[str, Any]:
         """This ledger as plain data."""
