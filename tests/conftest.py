@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+# One of several processes that share the tests (``-n``) leaves the other processors to the others.
+# The tests of threads ask for theirs; the processes that tests start inherit it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may reach for a network; said before any library looks.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -24,6 +28,17 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("qkit")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``-n``: the tests of a file share what its fixtures made, and those of families a page.
+
+    Taken by ``--dist loadgroup``.
+    """
+    for item in items:
+        folder = item.path.parent
+        group = folder if folder.name == "families" else item.path
+        item.add_marker(pytest.mark.xdist_group(str(group)))
 
 
 @pytest.fixture(autouse=True)

@@ -89,8 +89,10 @@ qkit.cli.run()
 def test_a_folder_of_somebody_else(tmp_path):
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    for folder in (tmp_path, *tmp_path.parents):
         folder.chmod(0o755)
+        if folder.name.startswith("pytest-of-"):
+            break
     done = python("-c", AS_NOBODY, "quantize", "net.pt", "-q", "-o", str(tmp_path / "out"))
     assert done.code == 1
     assert "read-only" in done.error
