@@ -12,7 +12,6 @@ because with the initial ones signals fade, and the error with them.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import ort
 import torch
+from lines import say, tell_head
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -35,7 +35,7 @@ from qkit.flows.data import in_memory
 from qkit.flows.goal import reach
 from qkit.flows.pt2e import convert
 from qkit.graph import DIALECTS, quiet
-from qkit.report import compare, machine, versions
+from qkit.report import compare
 from qkit.spec import Recipe, parse
 from qkit.targets.onnx import BACKEND, runtime
 
@@ -123,35 +123,15 @@ def built(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
     return model.eval(), calibration, case.inputs(HELD_OUT, 2)
 
 
-class Reader:
-    """ONNX Runtime's view of calibration data."""
-
-    def __init__(self, name: str, data: Tensor) -> None:
-        self.batches: Iterator[dict[str, np.ndarray]] = iter(
-            [{name: part.numpy()} for part in data.split(8)]
-        )
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self.batches, None)
-
-
 def onnxruntime_sqnr(model: nn.Module, data: Tensor, x: Tensor, reference: Tensor) -> float | None:
     """ONNX Runtime's own quantization of the float file that qkit writes."""
-    from onnxruntime import quantization as q
-
     captured = convert(model, "int8-dynamic" if not data.is_floating_point() else "int8-static",
                        data).captured  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, quiet():
-        file, ready, out = (Path(folder, name) for name in ("f.onnx", "p.onnx", "q.onnx"))
+        file, out = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
         BACKEND.export_float(captured, file)
-        q.quant_pre_process(str(file), str(ready), skip_symbolic_shape=True)
-        name = runtime.open_session(ready, 1).get_inputs()[0].name
-        q.quantize_static(
-            *(str(ready), str(out), Reader(name, data)),
-            per_channel=True,
-            activation_type=q.QuantType.QUInt8,
-            weight_type=q.QuantType.QInt8,
-        )
+        name = runtime.open_session(file, 1).get_inputs()[0].name
+        ort.quantize_static(file, out, [{name: part} for part in data.split(8)])
         return sqnr(reference, runtime.load(out, 2)((x,), {})[0])
 
 
@@ -193,11 +173,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES))
     chosen = parser.parse_args().models
-    head = {"command": "python benchmarks/accuracy.py", "machine": machine()}
-    print(json.dumps(head | {"versions": versions()}), flush=True)
+    tell_head()
     for name in chosen:
         for line in measured(name, CASES[name]):
-            print(json.dumps(line), flush=True)
+            say(**line)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lines import made
+
 Cell = dict[str, Any]
 
 
@@ -39,6 +41,6 @@ def records(path: Path) -> list[Cell]:
 
 
 def append(path: Path, record: Cell) -> None:
-    """Add a line to a file of results."""
+    """Add a line to a file of results, with the command that measured it."""
     with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(record | made(), allow_nan=False) + "\n")

@@ -19,8 +19,6 @@ The case ``distill`` is another one: :mod:`distillation`.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,12 +27,12 @@ from pathlib import Path
 
 import distillation
 import torch
+from lines import facts, say
 from torch import Tensor, nn
 
 import qkit
 from qkit.flows.demo import Digits, accuracy, load_digits
 from qkit.packing.container import open_container
-from qkit.report import machine, versions
 from qkit.targets.weights import save_tensors
 
 BATCH = 64
@@ -202,15 +200,11 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)  # so small a network gains nothing from more
     data = load_digits()
-    made = {
-        "command": " ".join(["python", "benchmarks/compression.py", *sys.argv[1:]]),
-        "machine": machine(),
-        "versions": versions(),
-    }
+    made = facts()
     for name in asked.case or [*CASES, DISTILL]:
         if name == DISTILL:
             for record in distillation.records(data, asked.seeds, quick=asked.quick):
-                print(json.dumps({"kind": DISTILL, "case": name} | record | made), flush=True)
+                say(kind=DISTILL, case=name, **record, **made)
             continue
         case = CASES[name]
         if asked.quick:
@@ -218,7 +212,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for seed in range(asked.seeds):
                 record = run(case, data, seed, Path(folder))
-                print(json.dumps({"kind": "coded", "case": name} | record | made), flush=True)
+                say(kind="coded", case=name, **record, **made)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,7 @@ Kinds of lines after the first, which tells the machine:
 ``peak``       multiply-adds a second of torch's fp32 product of matrices that fit the cache
 ``absent``     a peer, or a scheme, that was not measured, and why
 
-Contenders take turns. A turn is some calls after one that is not timed and wakes its threads, and
-each call meets a weight that is not in the caches. Another process on the same cores makes a call
-many times as long; where a contender has enough calls during which none of our threads had to wait
-for a core, only they count: where ``undisturbed`` is less than ``repeats``, there were not.
+Contenders take turns (:mod:`turns`), and each call meets a weight that is not in the caches.
 """
 
 from __future__ import annotations
@@ -28,147 +25,32 @@ import functools
 import gc
 import json
 import math
-import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from accept import check
-from peers import DTYPES, PEERS, SCHEMES, Call, Contender, Setting, contenders, dynamic_layer
+from lines import say, tell_head
+from peers import DTYPES, PEERS, SCHEMES, Contender, Setting, contenders, dynamic_layer
 from torch import Tensor, nn
+from turns import Call, Turns, digits, interleave
 
 import qkit
 from qkit import ops
 from qkit.errors import QkitError
-from qkit.report import compare, machine, versions
+from qkit.report import compare
 
 SHAPES = ["4096x4096", "11008x4096", "768x3072", "384x1536"]
 ROWS = [1, 4, 16, 64, 128, 512]
 # Multiples of the last-level cache to rotate over; what to take for that cache if none is known.
 ROTATE, ROTATE_QUICK = 8, 4
 LLC_BYTES = 64 << 20
-TURN_MS, TURN_CALLS, MAX_CALLS = 10.0, 40, 400
-UNDISTURBED = 3  # so many calls are enough to leave the disturbed ones out
-WAITED = 0.05  # of a call's time, by all threads together, is disturbed
-HOPELESS = 4.0  # times as slow as fp32: two calls tell all there is to know
 TOO_LONG_MS = 1000.0  # a peer that is expected to take longer is not called
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-
-
-def digits(value: float, count: int = 3) -> float:
-    """``value`` to so many significant digits."""
-    return float(f"{value:.{count}g}")
-
-
-def say(kind: str, **record: Any) -> None:
-    print(json.dumps({"kind": kind} | record), flush=True)
-
-
-# ---- timing ----
-
-
-class Waiting:
-    """How long the threads of this process have been ready to run without a core (Linux)."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, int] = {}
-
-    def find_threads(self) -> None:
-        """Look for new ones: pools start with their first work."""
-        tasks = Path("/proc/self/task")
-        for name in (p.name for p in tasks.iterdir()) if tasks.is_dir() else ():
-            if name not in self.files:
-                self.files[name] = os.open(tasks / name / "schedstat", os.O_RDONLY)
-
-    def ms(self) -> float:
-        """Milliseconds so far, of the threads that are known."""
-        total = 0
-        for name, file in list(self.files.items()):
-            try:
-                total += int(os.pread(file, 100, 0).split()[1])
-            except OSError:  # the thread has ended
-                os.close(self.files.pop(name))
-        return total / 1e6
-
-
-WAITING = Waiting()
-
-
-@dataclass
-class Turns:
-    """The calls of one contender and what they took."""
-
-    calls: list[Call]
-    before: Call | None = None
-    taken: list[float] = field(default_factory=list)
-    disturbed: list[bool] = field(default_factory=list)
-    probe: float = 0.0
-    spent: float = 0.0
-    turn: int = 0
-
-    def call(self) -> float:
-        """One call of the next copy, in milliseconds."""
-        function = self.calls[self.turn % len(self.calls)]
-        self.turn += 1
-        if self.before:
-            self.before()
-        start = time.perf_counter()
-        function()
-        return (time.perf_counter() - start) * 1e3
-
-    def timed(self) -> None:
-        """One call that is remembered."""
-        waited = WAITING.ms()
-        took = self.call()
-        disturbed = WAITING.ms() - waited > WAITED * took
-        self.taken.append(took)
-        self.disturbed.append(disturbed)
-        self.spent += took / 4 if disturbed else took
-
-    def to_json(self) -> dict[str, float]:
-        """Median, 10th and 90th percentile of the calls that count, and their number."""
-        quiet = [t for t, bad in zip(self.taken, self.disturbed, strict=True) if not bad]
-        counted = quiet if len(quiet) >= UNDISTURBED else self.taken
-        p10, median, p90 = np.percentile(counted, [10, 50, 90])
-        figures = {"median": float(median), "p10": float(p10), "p90": float(p90)}
-        return {k: digits(v, 4) for k, v in figures.items()} | {
-            "repeats": len(counted),
-            "undisturbed": len(quiet),
-        }
-
-
-def interleave(turns: Mapping[str, Turns], seconds: float, base: str) -> None:
-    """Call each contender for about ``seconds``, in turns; at least thrice, twice if hopeless."""
-    for each in turns.values():
-        each.probe = each.call()
-        if each.probe < 10 * TURN_MS:
-            each.probe = min(each.call(), each.call())
-    WAITING.find_threads()
-    order = list(turns.values())
-    while True:
-        slow = HOPELESS * turns[base].probe
-        waiting = [
-            each
-            for each in order
-            if each.spent < seconds * 1e3 or len(each.taken) < (2 if each.probe > slow else 3)
-        ]
-        most = [6 if each.probe > slow else MAX_CALLS for each in waiting]
-        waiting = [each for each, n in zip(waiting, most, strict=True) if len(each.taken) < n]
-        if not waiting:
-            return
-        for each in waiting:
-            if each.probe < TURN_MS:
-                time.sleep(0.0005)  # the threads of the one before fall asleep
-                each.call()
-            for _ in range(max(1, min(TURN_CALLS, int(TURN_MS / max(each.probe, 1e-3))))):
-                each.timed()
-        order.reverse()
 
 
 # ---- what the machine can do ----
@@ -492,32 +374,21 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(
-        json.dumps(
-            {
-                "machine": machine(),
-                "versions": versions(),
-                "command": " ".join(["benchmarks/kernels.py", *sys.argv[1:]]),
-                "last_level_cache": last_level_cache(),
-                "rotated": options.rotate_mib << 20,
-            }
-        ),
-        flush=True,
-    )
+    tell_head(last_level_cache=last_level_cache(), rotated=options.rotate_mib << 20)
     options.absent, start, told = {}, time.perf_counter(), set()
 
     def tell(done: str) -> None:
         for name, why in options.absent.items():
             if name not in told:
                 told.add(name)
-                say("absent", name=name, why=why)
+                say(kind="absent", name=name, why=why)
         seconds = time.perf_counter() - start
         print(f"{seconds:.0f} s: {done}", file=sys.stderr, flush=True)
 
     with torch.no_grad():
         if "layers" in options.only:
             options.peak = peak_gmac()
-            say("peak", gmac_per_s=round(options.peak, 1))
+            say(kind="peak", gmac_per_s=round(options.peak, 1))
             # At least two of the largest weight, so that none is read from the cache.
             largest = max(math.prod(map(int, shape.split("x"))) for shape in options.shapes)
             memory = Memory(max(options.rotate_mib << 20, 2 * 4 * largest))

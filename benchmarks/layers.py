@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lines import say, tell_head
 from torch import Tensor, nn
 
 from qkit.algorithms import rtn
 from qkit.flows.evaluate import tensor_bytes
 from qkit.nn import QUANTIZED, QConv, QLayer, keep_floats
-from qkit.report import machine, measure, versions
+from qkit.report import measure
 from qkit.spec import parse
 
 SCHEMES = ("w8a16", "w4a16-g32")
@@ -85,20 +84,20 @@ def main() -> None:
     parser.add_argument("--only", default="", help="layers whose name contains this")
     given = parser.parse_args()
     torch.manual_seed(0)
-    print(json.dumps({"machine": machine(), "versions": versions(), "os": platform.system()}))
+    tell_head()
     with torch.no_grad():  # what is made in inference mode is looked at anew at each call
         for name, (make, size) in CONVOLUTIONS.items():
             for batch in BATCHES if given.only in name else ():
                 layer = make().eval()
                 x = torch.randn(batch, layer.in_channels, *size)
                 for line in compared(name, layer, x, given.seconds):
-                    print(json.dumps(line), flush=True)
+                    say(**line)
         for name, (rows, columns, count) in TABLES.items():
             if given.only in name:
                 table = nn.Embedding(rows, columns).eval()
                 indices = torch.randint(0, rows, (1, count))
                 for line in compared(name, table, indices, given.seconds):
-                    print(json.dumps(line), flush=True)
+                    say(**line)
 
 
 if __name__ == "__main__":

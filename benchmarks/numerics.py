@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+from lines import say, tell_head
 from torch import Tensor
 
 from qkit import native
@@ -30,17 +29,13 @@ from qkit.flows.rate import DB_PER_BIT, default_schemes, entropy_bits, rate_poin
 from qkit.numerics import QTensor, choose_qparams, dequantize, quantize, quantize_minmax
 from qkit.numerics.codebook import assign, fit_codebook, lookup
 from qkit.packing import entropy, pack, unpack
-from qkit.report import machine, measure, tensor_sqnr_db, versions
+from qkit.report import measure, tensor_sqnr_db
 from qkit.spec import PRESETS, QSpec, parse
 
 Contenders = dict[str, Callable[[], object]]
 SHAPES = [(4096, 4096), (11008, 4096)]
 CODEBOOK = "codebook-16"  # fitted to the whole tensor
 NEW = "qkit, new memory"
-
-
-def say(**record: Any) -> None:
-    print(json.dumps(record), flush=True)
 
 
 def into(w: Tensor, spec: QSpec, q: QTensor) -> tuple[Contenders, Contenders]:
@@ -438,7 +433,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small shape, for a check")
     quick = parser.parse_args().quick
     torch.manual_seed(0)
-    say(machine=machine(), versions=versions(), command="benchmarks/numerics.py")
+    tell_head()
     for shape in [(256, 512)] if quick else SHAPES:
         speed(shape, 0.1 if quick else 8.0)
     fit((64, 64) if quick else SHAPES[0], 0.1 if quick else 8.0)

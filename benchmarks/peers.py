@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from turns import Call
 
 import qkit
 from qkit.algorithms import rtn
@@ -47,7 +48,6 @@ DTYPES = {
 }
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 SAMPLE = 128  # outputs that errors are computed from
-Call = Callable[[], object]
 Layers = list[nn.Module]
 
 

@@ -21,6 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from lines import facts, say
 from safetensors.torch import save_file
 
 ROWS, COLUMNS = 4096, 11008
@@ -116,7 +117,6 @@ def measure(
             "speed_to_copy": round(copied / seconds, 3),
             "peak_rss_bytes": usage.ru_maxrss * 1024,
             "verified": report["verification"]["status"],
-            "machine": report["machine"],
         }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -140,7 +140,7 @@ def main() -> None:
         options.kind,
         options.workers,
     )
-    print(json.dumps(line))
+    say(**line, **facts())
 
 
 if __name__ == "__main__":

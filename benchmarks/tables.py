@@ -183,6 +183,47 @@ def accuracy() -> str:
     return markdown(["model", *treatments], rows)
 
 
+def models() -> str:
+    """Whole models: by whom, how many times as fast as torch's eager fp32, how exact, how large."""
+    records = [r for r in read("models") if r.get("kind") == "model"]
+    if not records:
+        return "Not measured yet."
+    names = list(dict.fromkeys(r["model"] for r in records))
+    cells = {(r["contender"], r["scheme"], r["model"]): model_cell(r) for r in records}
+    rows = [
+        [f"{by} `{scheme}`", *(cells.get((by, scheme, name), "") for name in names)]
+        for by, scheme in dict.fromkeys(key[:2] for key in cells)
+    ]
+    return markdown(["by", *names], rows)
+
+
+def model_cell(record: dict[str, Any]) -> str:
+    """The base's milliseconds (of the decoder, its tokens a second); of others, the comparison."""
+    if (record["contender"], record["scheme"]) == ("torch", "fp32"):
+        if "tokens_per_s" in record:
+            return f"{record['tokens_per_s']:.1f} tokens/s"
+        return f"{record['ms']['median']:.2f} ms"
+    sqnr = "" if record["sqnr_db"] is None else f", {record['sqnr_db']:.0f} dB"
+    ours = "**" if record["contender"].startswith("qkit") else ""
+    return f"{ours}{record['speedup']:.2f}x{ours}{sqnr}, {record['size']:.2f}"
+
+
+def layers() -> str:
+    """Convolutions and tables beside torch's float layers: speed, with weights kept, and size."""
+    records = [r for r in read("layers") if "layer" in r]
+    schemes = list(dict.fromkeys(r["scheme"] for r in records))
+    cells = {(r["layer"], r["input"][0], r["scheme"]): r for r in records}
+    rows = []
+    for layer, batch in dict.fromkeys(key[:2] for key in cells):
+        found = [cells[layer, batch, scheme] for scheme in schemes]
+        line = [layer, batch, f"{found[0]['float_ms']:.2f} ms"]
+        for r in found:
+            kept = f", kept {r['kept_speedup']:.2f}x" if "kept_speedup" in r else ""
+            line.append(f"{r['speedup']:.2f}x{kept}, {r['bytes'] / r['float_bytes']:.2f}")
+        rows.append(line)
+    return markdown(["layer", "batch", "torch fp32", *(f"`{name}`" for name in schemes)], rows)
+
+
 TABLES = {
     "accuracy": accuracy,
     "compression": compression,
@@ -191,6 +232,8 @@ TABLES = {
     "speed": speed,
     "coding": coding,
     "kernels": kernels,
+    "layers": layers,
+    "models": models,
 }
 
 
