@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +14,11 @@ from qkit.cli.common import (
     json_option,
     print_result,
     quiet_option,
+    report_option,
     runtime_cache_option,
     seed_option,
     teller,
+    typed,
 )
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def numbers(context: click.Context, parameter: click.Parameter, value: str | Non
 )
 @runtime_cache_option
 @click.option("-o", "--output", type=click.Path(), help="Folder to write: bench.json and bench.md.")
+@report_option
 @click.option("--overwrite", is_flag=True, help="Replace a benchmark at the output.")
 @seed_option
 @json_option
@@ -100,6 +101,7 @@ def command(
     image: tuple[str, ...],
     batch: tuple[int, ...],
     output: str | None,
+    reports: tuple[str, ...],
     overwrite: bool,
     seed: int,
     as_json: bool,
@@ -116,12 +118,14 @@ def command(
     from qkit.errors import QkitError, UsageError
     from qkit.flows.bench import bench, check_bench_destination, save_bench
     from qkit.flows.data import open_data
+    from qkit.flows.documents import check_reports, write_report
     from qkit.models import parse_input_spec
 
     if input_spec and calib:
         raise UsageError("give --input or --calib, not both")
     if output:
         check_bench_destination(output, overwrite=overwrite)
+    check_reports(*reports, overwrite=overwrite)
     inputs: Any = parse_input_spec(input_spec, seed=seed) if input_spec else None
     if calib:
         inputs = open_data(calib, images=image)
@@ -130,11 +134,12 @@ def command(
         inputs,
         batches=batch,
         told=teller(not (quiet or as_json)),
-        command=shlex.join(["qkit", *sys.argv[1:]]),
+        command=typed(),
         **options,
     )
     if output:
         save_bench(report, output, overwrite=overwrite)
+    write_report(report, *reports, overwrite=overwrite)
     print_result(report, _print, as_json=as_json, quiet=quiet)
     if report.failed:
         raise QkitError(

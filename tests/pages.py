@@ -6,7 +6,9 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
-from qkit.report import LayerRow, Report
+from qkit.report import BenchReport, LayerRow, Report
+from qkit.report.bench import Contender, Difference, Speed, Timing
+from qkit.report.noise import Noise
 
 # A layer's name may be anything; this one tries the page, the Markdown and the script around it.
 HOSTILE = 'a<script>alert("x")</script>|`b`_*[c](d)&amp;</script><img src=x onerror=alert(1)>'
@@ -120,3 +122,40 @@ def report(**more: Any) -> Report:
         "machine": {"cpu": "a processor", "isa": ["avx2"], "cores": 2, "memory_bytes": 8_000_000},
     }  # fmt: skip
     return Report("w4a16-g32", "w4a16-g32: weights", "torch", **fields | more)
+
+
+def bench() -> BenchReport:
+    """A baseline, one that is better, one that is beaten and one that failed; made up."""
+
+    def contender(
+        name: str, size: int, times: float, sqnr: float | None, verdict: str
+    ) -> Contender:
+        speed = None if verdict == "" else Speed(times, times * 0.9, times * 1.1, verdict)
+        timings = tuple(
+            Timing(batch, 2, 2.0 / times, 2.5, 1.9 / times, 2.1 / times, 40, 500 * times, speed)
+            for batch in (1, 8)
+        )
+        error = Difference(sqnr, 0.999123, 0.125 if sqnr else 0.0, 0.985, 0.00123, 64, 1)
+        return Contender(
+            name, "qkit", f"/models/{name}", size, "w8a16", "torch", 12.5, 3.25, timings,
+            300_000_000, 250_000_000, error, 98.25, {"qkit::linear[avx2]": 2},
+        )  # fmt: skip
+
+    return BenchReport(
+        "net.pt",
+        (
+            contender("net.pt", 4_000_000, 1.0, None, ""),
+            contender(HOSTILE, 1_000_000, 2.0, 31.25, "faster"),
+            contender("beaten", 2_000_000, 1.02, 20.5, "not distinguishable"),
+            Contender("broken.onnx", "onnx", "/models/broken.onnx", 10, failure="no graph"),
+        ),
+        Noise(True),
+        (1, 8),
+        (2,),
+        {"origin": "x.npz", "samples": 64, "shapes": {"0": "float32 64x3"}},
+        2,
+        metric="mine:accuracy",
+        command="qkit bench net.pt --report out.html",
+        machine={"cpu": "a processor", "cores": 2, "system": "Linux"},
+        versions={"torch": "2.13"},
+    )

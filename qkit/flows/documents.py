@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qkit.errors import InputError, QkitError, UsageError
+from qkit.errors import QkitError, UsageError
 from qkit.flows.compress.document import ledger_document
 from qkit.flows.compress.ledger import Ledger
 from qkit.flows.inspect import Node, inspect
-from qkit.report import Document, Report
+from qkit.report import BenchReport, Document, Report
+from qkit.report.bench_document import bench_document
 from qkit.report.html import check_html, to_html
 from qkit.report.markdown import to_markdown
 from qkit.report.quantization import quantization_document
 from qkit.targets.staging import as_output_error, check_file_destination, parents, write_whole
+
+Outcome = Report | Ledger | BenchReport
 
 # By suffix: how a document is written, and what such a file begins with.
 WRITERS: dict[str, tuple[Callable[[Document], str], bytes]] = {
@@ -25,7 +28,7 @@ WRITERS: dict[str, tuple[Callable[[Document], str], bytes]] = {
 
 
 def write_report(
-    outcome: Report | Ledger,
+    outcome: Outcome,
     *paths: str | Path,
     command: str | None = None,
     overwrite: bool = False,
@@ -65,8 +68,10 @@ def check_reports(*paths: str | Path, overwrite: bool = False) -> None:
         check_file_destination(path, WRITERS[path.suffix][1], overwrite=overwrite)
 
 
-def document_of(outcome: Report | Ledger, command: str | None = None) -> Document:
-    """What a run measured as a document, which ``command`` makes again."""
+def document_of(outcome: Outcome, command: str | None = None) -> Document:
+    """What a run measured as a document, which ``command`` makes again (a bench knows its own)."""
+    if isinstance(outcome, BenchReport):
+        return bench_document(outcome)
     files, layers = _bytes(outcome.artifact)
     if isinstance(outcome, Ledger):
         return ledger_document(outcome, command, files=files, layers=layers)
@@ -87,7 +92,7 @@ def _bytes(artifact: str | None) -> tuple[dict[str, int], dict[str, int]]:
     }
     try:
         layers = dict(_own(inspect(path), ""))
-    except (QkitError, InputError):  # the file of another runtime has no tensors that qkit reads
+    except QkitError:  # the file of another runtime has no tensors that qkit reads
         layers = {}
     return files, layers
 

@@ -21,8 +21,13 @@ KINDS: dict[str, Callable[[Any], str]] = {
     "milliseconds": duration,
     "seconds": "{:.1f} s".format,
     "share": "{:.1%}".format,
+    "percent": "{:.2%}".format,
+    "cosine": "{:.6f}".format,
+    "error": "{:.3g}".format,
     "times": "{:.2f}x".format,
     "number": "{:.4g}".format,
+    "figure": "{:.5g}".format,
+    "rate": "{:,.4g}".format,
 }
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from command import names
-from pages import Page, markdown_tables
+from pages import Page, bench, markdown_tables
 
 
 def test_quantize_writes_what_it_prints(models, main, tmp_path, same_process):
@@ -61,6 +61,24 @@ def test_refused_before_any_work(command, models, main, tmp_path):
     done = main(command, *first, models / "none.pt", "--report", tmp_path / "r.md")
     assert done.code == 2
     assert "the output exists" in done.error
+
+
+def test_bench_writes_what_it_prints(models, main, tmp_path, monkeypatch):
+    asked = {}
+
+    def measured(contenders, inputs, **options):
+        asked.update(options)
+        return bench()
+
+    monkeypatch.setattr("qkit.flows.bench.bench", measured)
+    page = tmp_path / "bench.html"
+    done = main("bench", models / "net.pt", "--report", page)
+    assert done.code == 1  # one of its contenders failed
+    assert asked["command"] == f"qkit bench {models / 'net.pt'} --report {page}"
+    medians = [row[1] for row in Page(page.read_text()).tables[1][1:]]
+    assert medians == ["2 ms", "1 ms", "1.96 ms"]
+    assert all(median in done.out for median in medians)
+    assert main("bench", models / "net.pt", "--report", page).code == 2
 
 
 def test_a_dry_run_writes_the_report_that_was_asked_for(models, main, tmp_path):

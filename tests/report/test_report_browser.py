@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from pages import HOSTILE, report
+from pages import HOSTILE, bench, report
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from qkit.report.bench_document import bench_document
 from qkit.report.html import to_html
 from qkit.report.quantization import quantization_document
 
@@ -32,11 +33,21 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     sizes = {"files": {"model.safetensors": 1024, "qkit.json": 512}, "layers": {HOSTILE: 900}}
-    path = tmp_path_factory.mktemp("page") / "out.html"
-    path.write_text(to_html(quantization_document(report(), "qkit quantize net.pt", **sizes)))
-    return path
+    shown = {
+        "quantize": quantization_document(report(), "qkit quantize net.pt", **sizes),
+        "bench": bench_document(bench()),
+    }
+    folder = tmp_path_factory.mktemp("pages")
+    for name, each in shown.items():
+        (folder / f"{name}.html").write_text(to_html(each))
+    return {name: folder / f"{name}.html" for name in shown}
+
+
+@pytest.fixture(scope="module")
+def file(files: dict[str, Path]) -> Path:
+    return files["quantize"]
 
 
 @dataclass
@@ -65,7 +76,9 @@ def opened(browser: Browser, file: Path, *, width: int = 1400, scheme: str = "li
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
-def test_the_page_is_whole(browser, file, width, scheme):
+@pytest.mark.parametrize("kind", ["quantize", "bench"])
+def test_the_page_is_whole(browser, files, kind, width, scheme):
+    file = files[kind]
     seen = opened(browser, file, width=width, scheme=scheme)
     assert seen.problems == []
     assert seen.requests == [file.as_uri()]
@@ -84,7 +97,7 @@ def test_the_page_is_whole(browser, file, width, scheme):
             };
         })""",
     )
-    assert len(charts) >= 8
+    assert len(charts) >= 7
     for chart in charts:
         assert chart["marks"] > 0
         assert chart["height"] > 60
