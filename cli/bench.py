@@ -58,7 +58,7 @@ def numbers(context: click.Context, parameter: click.Parameter, value: str | Non
     "--metric",
     metavar="MODULE:FUNCTION",
     help="A function of a model (a function of tensors) that returns a figure, such as its "
-    "accuracy on your data.",
+    "accuracy on your data, which it runs in batches of the largest size.",
 )
 @click.option(
     "--baseline",

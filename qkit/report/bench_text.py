@@ -21,8 +21,8 @@ class Grid:
 
 
 def grids(report: BenchReport) -> list[Grid]:
-    """What each contender is and costs, how long it takes, and what runs in it."""
-    return [_costs(report), _times(report), _kernels(report)]
+    """What each contender is and costs, how good it is, how long it takes, what runs in it."""
+    return [_costs(report), _outputs(report), _times(report), _kernels(report)]
 
 
 def _costs(report: BenchReport) -> Grid:
@@ -33,7 +33,15 @@ def _costs(report: BenchReport) -> Grid:
         "size": lambda c: _known(c.size_bytes, size),
         "load": lambda c: _known(c.load_ms, duration),
         "first call": lambda c: _known(c.cold_start_ms, duration),
-        "peak memory": _memory,
+        "peak memory": lambda c: _known(c.peak_memory_bytes, size),
+        "before loading": lambda c: _known(c.base_memory_bytes, size),
+    }
+    return _grid("Contenders", shown, report)
+
+
+def _outputs(report: BenchReport) -> Grid:
+    shown: dict[str, Callable[[Contender], str]] = {
+        "outputs of": lambda c: c.name,
         "SQNR": lambda c: _known(c.error, _sqnr),
         "cosine": lambda c: _known(c.error, lambda e: f"{e.cosine:.6f}"),
         "max error": lambda c: _known(c.error, lambda e: largest(e.max_abs)),
@@ -42,8 +50,12 @@ def _costs(report: BenchReport) -> Grid:
     }
     if report.metric:
         shown[report.metric] = lambda c: _known(c.metric, lambda x: f"{x:.5g}")
+    return _grid(f"Outputs, beside those of {report.baseline}", shown, report)
+
+
+def _grid(title: str, shown: dict[str, Callable[[Contender], str]], report: BenchReport) -> Grid:
     rows = tuple(tuple(cell(each) for cell in shown.values()) for each in report.contenders)
-    return Grid("Contenders", tuple(shown), rows)
+    return Grid(title, tuple(shown), rows)
 
 
 def _known(value: object, text: Callable[..., str]) -> str:
@@ -53,13 +65,6 @@ def _known(value: object, text: Callable[..., str]) -> str:
 def _sqnr(error: Difference) -> str:
     infinite = error.sqnr_db is None and error.max_abs is None
     return "none" if infinite else decibels(error.sqnr_db)
-
-
-def _memory(contender: Contender) -> str:
-    peak, base = contender.peak_memory_bytes, contender.base_memory_bytes
-    if peak is None or base is None:
-        return _known(peak, size)
-    return f"{size(peak)} ({size(base)} before)"
 
 
 def _times(report: BenchReport) -> Grid:
@@ -72,7 +77,7 @@ def _times(report: BenchReport) -> Grid:
             duration(timing.median),
             f"{duration(timing.ci_low)} to {duration(timing.ci_high)}",
             duration(timing.p90),
-            f"{timing.throughput:,.4g}",
+            f"{timing.throughput:,.0f}" if timing.throughput >= 100 else f"{timing.throughput:.3g}",
             _speed(report, each, timing),
         )
         for batch in report.batches
@@ -115,7 +120,7 @@ def sentences(report: BenchReport) -> list[str]:
     found += report.remarks
     facts = report.machine
     found.append(
-        f"intervals of {report.level:.0%}; {report.starts} fresh processes of each; inputs: "
+        f"intervals of {report.level:.0%}; fresh processes of each: {report.starts}; inputs: "
         f"{report.inputs.get('origin')}; {facts.get('cpu')}, {facts.get('cores')} cores, "
         f"{facts.get('system')}"
     )

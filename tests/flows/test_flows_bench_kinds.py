@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import qkit
-from qkit.errors import UsageError
+from qkit.errors import InputError, UsageError
 from qkit.flows import Request, quantize_file
+from qkit.flows.bench.calling import Signature, in_batches
 from qkit.flows.bench.opened import Opened, opened
 from qkit.flows.bench.plan import plans
 from qkit.graph import capture
@@ -58,6 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, net: nn.Module, x: torch.Te
         patch.setattr(sys.modules["qkit.flows.evaluate"], "fill_latency", lambda *given: None)
         qmodel, report = qkit.quantize(net, "w8a16", inputs=x, latency=False)
         qkit.save(qmodel, root / "w8a16", inputs=x, report=report)
+        qkit.save(qmodel, root / "by-name", inputs={"input": x}, report=report)
         qkit.save_coded(qmodel, root / "net.qkit", inputs=x, report=report)
         bert = transformers.BertModel(transformers.BertConfig(**BERT)).eval()
         bert.save_pretrained(root / "bert")
@@ -91,6 +93,7 @@ def opened_file(path: Path, **change) -> tuple[str, Opened]:
         ("net.onnx", "onnx", "onnxruntime 1", FP32, 2),
         ("net.pte", "xnnpack", "executorch 1", FP32, 2),
         ("w8a16", "qkit", "torch 2", INT8, 1),
+        ("by-name", "qkit", "torch 2", INT8, 1),
         ("net.qkit", "coded", "torch 2", INT8, 1),
         ("quanto", "quanto", "optimum-quanto 0", INT8, 0),
     ],
@@ -99,11 +102,12 @@ def test_it_gives_what_the_model_gives(name, kind, runtime, bound, kernels, fold
     found, contender = opened_file(folder / name)
     assert found == kind
     assert contender.runtime.startswith(runtime)
-    given = contender.fit(Inputs((x,), {}, "x"))
-    (got,) = contender.call(given)
     with torch.no_grad():
         wanted = net(x)
-    assert (got - wanted).abs().max() <= bound * wanted.abs().max()
+    for inputs in (Inputs((x,), {}, "x"), Inputs((), {"input": x}, "x")):
+        given = contender.fit(inputs)
+        (got,) = contender.call(given)
+        assert (got - wanted).abs().max() <= bound * wanted.abs().max()
     assert sum(contender.kernels(given).values()) >= kernels
 
 
@@ -141,3 +145,46 @@ def test_weights_beside_an_onnx_file_count(folder, tmp_path):
     (tmp_path / "m.onnx.data").write_bytes(b"x" * 100)
     (plan,) = plans([tmp_path / "m.onnx"], tmp_path, trust_code=False)
     assert plan.size_bytes == (folder / "net.onnx").stat().st_size + 100
+
+
+def test_inputs_are_put_where_they_belong(x):
+    a, b = x[:, :4], x[:, 4:]
+    by_place, by_name = Inputs((a, b), {}, "here"), Inputs((), {"b": b, "a": a}, "here")
+    mixed = Inputs((a,), {"b": b}, "here")
+
+    def fitted(signature: Signature, inputs: Inputs) -> list:
+        found = signature.fit(inputs)
+        return [*found.args, *found.kwargs.items()]
+
+    assert fitted(Signature.of(by_place), by_place) == [a, b]  # the very tensors
+    assert fitted(Signature.of(by_place, ("a", "b")), by_name) == [a, b]
+    assert fitted(Signature.of(by_name), by_name) == [("b", b), ("a", a)]
+    assert fitted(Signature.of(mixed, ("a", "b")), by_name) == [a, ("b", b)]
+    assert fitted(Signature.of(mixed), mixed) == [a, ("b", b)]
+    one = Signature.of(Inputs((), {"input": a}, ""))
+    assert fitted(one, Inputs((b,), {}, "")) == [("input", b)]
+    assert fitted(one, Inputs((), {"x": b}, "")) == [("input", b)]
+    for signature, inputs in [
+        (Signature.of(by_name), by_place),  # which is a?
+        (Signature.of(by_place), by_name),
+        (Signature.of(by_place), Inputs((a,), {}, "here")),
+        (Signature.of(by_name), Inputs((), {"a": a, "c": b}, "here")),
+    ]:
+        with pytest.raises(InputError, match="other inputs"):
+            signature.fit(inputs)
+
+
+def test_any_number_of_samples_in_batches_of_one_size():
+    sizes = []
+
+    def call(inputs: Inputs) -> list[torch.Tensor]:
+        sizes.append(len(inputs.args[0]))
+        return [inputs.args[0] * 2, inputs.kwargs["b"]]
+
+    a, b = torch.arange(7.0), torch.arange(14).view(7, 2)
+    first, second = in_batches(call, Inputs((a,), {"b": b}, ""), 3)
+    assert sizes == [3, 3, 3]
+    assert torch.equal(first, a * 2)
+    assert torch.equal(second, b)
+    with pytest.raises(InputError, match="first dimension"):
+        in_batches(lambda inputs: [torch.ones(())], Inputs((a,), {}, ""), 3)

@@ -96,15 +96,16 @@ def test_who_failed():
 
 
 def test_every_figure_is_in_the_tables():
-    costs, times, kernels = grids(full())
+    costs, outputs, times, kernels = grids(full())
     row = dict(zip(costs.head, costs.rows[1], strict=True))
+    row |= dict(zip(outputs.head, outputs.rows[1], strict=True))
     assert row["scheme"] == "w8a16"
     assert row["SQNR"] == "31.2 dB"
-    assert row["peak memory"] == "300 MB (250 MB before)"
+    assert (row["peak memory"], row["before loading"]) == ("300 MB", "250 MB")
     assert (row["size"], row["top-1"], row["KL"]) == ("n/a",) * 3
     assert row["mine:accuracy"] == "n/a"
-    assert dict(zip(costs.head, costs.rows[0], strict=True))["mine:accuracy"] == "98.25"
-    assert set(costs.rows[2][3:]) - {"10 B"} == {"n/a"}
+    assert dict(zip(outputs.head, outputs.rows[0], strict=True))["mine:accuracy"] == "98.25"
+    assert set(costs.rows[2][3:]) - {"10 B"} == {"n/a"} == set(outputs.rows[2][1:])
     assert [r[0] for r in times.rows] == ["net.pt", "a|b <script>", "net.pt"]
     assert times.rows[0][-1] == "the baseline"
     assert times.rows[1][3:] == (
@@ -115,8 +116,8 @@ def test_every_figure_is_in_the_tables():
 
 def test_an_infinite_error_is_not_exact():
     worst = replace(BASE, error=replace(BASE.error, max_abs=None))
-    report = replace(full(), contenders=(BASE, worst))
-    shown = [dict(zip(grids(report)[0].head, row, strict=True)) for row in grids(report)[0].rows]
+    outputs = grids(replace(full(), contenders=(BASE, worst)))[1]
+    shown = [dict(zip(outputs.head, row, strict=True)) for row in outputs.rows]
     assert [(row["SQNR"], row["max error"]) for row in shown] == [
         ("exact", "0"),
         ("none", "infinite"),

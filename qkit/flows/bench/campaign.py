@@ -166,11 +166,13 @@ class Campaign:
         """What is asked once, when nothing is timed any more: outputs, metric, kernels."""
         own, setting = self.found[name], self.setting
         out = setting.folder / f"outputs-{list(self.found).index(name)}"
+        given: dict[str, Any]
         given = {"file": str(setting.compared), "batch": next(iter(setting.files)), "out": str(out)}
         if self._ask(name, "outputs", "comparing", **given) is not None:
             own.outputs = out
         if setting.metric is not None and name in self._living:
-            answer = self._ask(name, "metric", "the metric", function=setting.metric)
+            given = {"function": setting.metric, "batch": max(setting.files)}
+            answer = self._ask(name, "metric", "the metric", **given)
             own.metric = None if answer is None else answer["metric"]
         if name in self._living:
             try:

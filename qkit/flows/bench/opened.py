@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qkit import ops
 from qkit.errors import UsageError
+from qkit.flows.bench.calling import Signature
 from qkit.flows.bench.plan import CODED, QKIT
+from qkit.flows.check import inputs_of, is_callable
 from qkit.flows.evaluate import for_dtype
 from qkit.flows.foreign import class_named, from_pretrained, requantized
 from qkit.flows.source import module_of, open_source
@@ -40,7 +42,7 @@ def opened(job: Mapping[str, Any]) -> Opened:
     kind, file = job["kind"], Path(job["file"])
     if kind in LOWERED:
         return _in_runtime(kind, file, job["threads"])
-    names = ["torch"]
+    names, example = ["torch"], None
     if kind == COMPRESSED:
         names = ["transformers", COMPRESSED]
         require_packages(names, COMPRESSED, "a compressed-tensors folder")
@@ -50,19 +52,28 @@ def opened(job: Mapping[str, Any]) -> Opened:
         require_packages(names, QUANTO, "a folder of optimum-quanto")
         model = requantized(file, _class_of(file), _architecture(job, str(file)))
     elif kind in (QKIT, CODED):
-        cached = job["runtime_cache"]
-        model = load_artifact(file, _into(job, read_artifact(file)), runtime_cache=cached)
+        artifact, cached = read_artifact(file), job["runtime_cache"]
+        model = load_artifact(file, _into(job, artifact), runtime_cache=cached)
+        example = inputs_of(artifact) if is_callable(artifact) else None
     else:
         trusted = job["trust_pickle"] or job["trusted"]
         loaded = open_source(file, factory=job["model"], trust_pickle=trusted)
-        model = module_of(loaded, "cannot be run")
+        model, example = module_of(loaded, "cannot be run"), loaded.example_inputs
     told = ", ".join(f"{name} {package_version(name)}" for name in names)
     return Opened(
         f"{told}, eager" if names == ["torch"] else told,
         lambda inputs: run(model, inputs),
-        lambda inputs: for_dtype(inputs, model),
+        lambda inputs: for_dtype(_arranged(model, example, inputs), model),
         lambda inputs: _counted(model, inputs),
     )
+
+
+def _arranged(model: nn.Module, example: Inputs | None, inputs: Inputs) -> Inputs:
+    """``inputs`` as a program takes them; a module of a class takes them either way."""
+    if example is None or not isinstance(model, fx.GraphModule):
+        return inputs
+    names = [node.name for node in model.graph.nodes if node.op == "placeholder"]
+    return Signature.of(example, names).fit(inputs)
 
 
 def _counted(model: nn.Module, inputs: Inputs) -> dict[str, int]:
@@ -75,13 +86,16 @@ def _in_runtime(kind: str, file: Path, threads: int) -> Opened:
     runtime = backend(kind)
     runtime.check(None, {})
     session = runtime.load(file, threads)
+    fit: Callable[[Inputs], Inputs] = _as_it_is
+    if is_artifact(file.parent):
+        fit = Signature.of(inputs_of(read_artifact(file.parent))).fit
 
     def kernels(inputs: Inputs) -> Mapping[str, int]:
         found = importlib.import_module(f"{TARGETS[kind].module}.runtime").audit(file, 0)
         return Counter(found.integer) + Counter(found.floating)
 
     return Opened(
-        runtime.runtime(), lambda inputs: session(inputs.args, inputs.kwargs), _as_it_is, kernels
+        runtime.runtime(), lambda inputs: session(inputs.args, inputs.kwargs), fit, kernels
     )
 
 

@@ -54,8 +54,8 @@ def bench(
     ``threads`` (torch's own number, if none is given), or ``repeats`` rounds, over ``starts``
     processes one after the other. Ratios and errors refer to the ``baseline``, the first one if
     none is named. ``metric`` (``package.module:function``) is called in each process with a
-    function that takes what the model takes and gives its tensor (a tuple, if there are several),
-    and returns a figure.
+    function that takes what the model takes, any number of samples, and gives its tensor (a tuple,
+    if there are several), and returns a figure; it runs the largest of ``batches`` at a time.
 
     Inputs that are not given are those of the first contender that knows some. ``model``
     (``package.module:factory``) builds the architecture of what does not carry it; else it is that

@@ -8,7 +8,8 @@ is the job (:func:`qkit.flows.bench.process.Running`); the others have ``do``:
 ``turn``     calls for ``seconds``, and gives the milliseconds of each call
 ``memory``   the largest resident memory so far
 ``outputs``  runs on the inputs in ``file``, ``batch`` samples in a call; writes them to ``out``
-``metric``   calls the user's function ``function`` with what runs the contender
+``metric``   calls the user's function ``function`` with what runs the contender, ``batch`` samples
+             in a call
 ``kernels``  which implementations run
 
 An answer is an object, or ``{"error": ...}``.
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from qkit.errors import InputError, QkitError, first_line
+from qkit.flows.bench.calling import in_batches
 from qkit.flows.bench.opened import Opened, opened
 from qkit.flows.check import inputs_in
 from qkit.models import Inputs, batches, resolve_callable
@@ -119,12 +121,14 @@ class Worker:
         save_tensors(found, Path(out))
         return {}
 
-    def metric(self, function: str) -> dict[str, Any]:
+    def metric(self, function: str, batch: int) -> dict[str, Any]:
         """What the user's function says of it."""
 
+        def call(inputs: Inputs) -> list[Tensor]:
+            return self.contender.call(self.contender.fit(inputs))
+
         def run(*args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
-            given = self.contender.fit(Inputs(args, kwargs, function))
-            results = self.contender.call(given)
+            results = in_batches(call, Inputs(args, kwargs, function), batch)
             return results[0] if len(results) == 1 else tuple(results)
 
         measured: Any = resolve_callable(function)
