@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from qkit.errors import InputError, UsageError, nearest
 from qkit.graph.products import with_linear
+from qkit.spec.plain import PLAIN
 
 # Argument name -> dimension -> the name of what varies there.
 Dims = Mapping[str, Mapping[int, str]]
@@ -111,12 +112,13 @@ def capture(
     are those of the example, all of them.
 
     Raises :class:`~qkit.errors.InputError`, with the line of the user's code, where the model
-    cannot be captured or has no values, and :class:`~qkit.errors.UsageError` for names and
-    dimensions that the inputs do not have.
+    cannot be captured, has no values or has a name that could be code, and
+    :class:`~qkit.errors.UsageError` for names and dimensions that the inputs do not have.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise InputError("the model has no values: a tensor is on the meta device", where=name)
+    _check_names(model)
     args, kwargs = tuple(args), dict(kwargs)
     named = _named(model, args, kwargs)
     asked = _check_dims(dims, named)
@@ -206,6 +208,19 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config in keeping:
             config.use_cache = True
+
+
+def _check_names(model: nn.Module) -> None:
+    """Refuse names that would become code: torch writes them between quotes into the source of a
+    program, and does not look whether they end those."""
+    for what in (model.named_modules(), model.named_parameters(), model.named_buffers()):
+        for name, _ in what:
+            if not PLAIN.fullmatch(name):
+                raise InputError(
+                    "a name in the model would be code in a program's source",
+                    got=repr(name[:60]),
+                    wanted="names without quotes, backslashes and control characters",
+                )
 
 
 def _named(

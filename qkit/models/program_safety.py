@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from qkit.errors import InputError, UnsafePickleError
+from qkit.spec.plain import PLAIN
 
 # Everything that an archive may hold; of the rest, some is unpickled and some is machine code.
 _MEMBER = re.compile(
@@ -39,8 +40,6 @@ _OPERATOR = re.compile(
     r"|math\.(ceil|floor|trunc|sqrt|log2|pow)"
     r"|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_)"
 )
-# Strings end up inside quotes in generated source, so none may end those.
-_PLAIN = re.compile(r"[^'\"\\\x00-\x1f\x7f-\x9f\u2028\u2029]*")
 # Each is executed as one line: no comment, no escape, no second line.
 _ONE_LINE = re.compile(r"[^#\\\x00-\x1f\x7f-\x9f\u2028\u2029]*")
 _SYMBOL = re.compile(r"[A-Za-z_]{1,32}[0-9]{0,6}")  # torch counts up to an unbacked one's number
@@ -130,7 +129,7 @@ def _payloads(config: dict[str, Any]) -> Iterator[str]:
         raw = re.fullmatch(r"(weight|tensor)_\d+", payload["path_name"])
         if payload["use_pickle"] or not raw:
             yield f"a pickled object, {name[:60]!r}"
-        if not _PLAIN.fullmatch(name):
+        if not PLAIN.fullmatch(name):
             yield f"a name, {name[:60]!r}"
 
 
@@ -150,7 +149,7 @@ def _model(value: Any, key: str = "") -> Iterator[str]:
         for name, below in value.items():
             if key == "range_constraints" and not _SYMBOL.fullmatch(name):
                 yield f"a symbol, {name[:60]!r}"
-            elif not _PLAIN.fullmatch(name):
+            elif not PLAIN.fullmatch(name):
                 yield f"a name, {name[:60]!r}"
             if key != "metadata":  # stack traces and such: text that nothing reads
                 yield from _model(below, name)
@@ -173,7 +172,7 @@ def _wrong(key: str, text: str) -> str | None:
         return None if _plain_structure(json.loads(text)) else "a structure of arguments"
     if key in ("name", "as_name", "forward_arg_names"):
         return None if not text or text.isidentifier() else "a name"
-    return None if _PLAIN.fullmatch(text) else "a string"
+    return None if PLAIN.fullmatch(text) else "a string"
 
 
 def _plain_structure(spec: Any) -> bool:

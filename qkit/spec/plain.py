@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from qkit.errors import InputError, UsageError
+
+# Strings end up inside quotes in source that torch generates and runs, so none may end those.
+PLAIN = re.compile(r"[^'\"\\\x00-\x1f\x7f-\x9f\u2028\u2029]*")
 
 
 def take(data: object, what: str, kinds: Mapping[str, type]) -> list[Any]:

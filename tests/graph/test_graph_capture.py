@@ -146,3 +146,22 @@ def test_nothing_is_printed_and_logging_is_as_before(capfd):
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
     assert logger.level == level
+
+
+@pytest.mark.parametrize(
+    "name", ['0", print(1)) or getattr(self, "0', "a'b", "a\\", 'a")\nprint(1)\n#']
+)
+def test_a_name_never_becomes_code(name):
+    # torch writes it between quotes into the source of the program, which then runs.
+    model, x = nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3)
+    model.add_module(name, nn.Linear(3, 3))
+    with pytest.raises(InputError, match="would be code") as error:
+        capture(model, (x,), {})
+    assert error.value.exit_code == 3
+    holder = nn.Linear(3, 3)
+    holder.register_parameter(name, nn.Parameter(torch.ones(3)))
+    with pytest.raises(InputError, match="would be code"):
+        capture(holder, (x,), {})
+    plain = nn.Sequential(nn.Linear(3, 3))
+    plain.add_module("a <b>&;(c) \u00e9", nn.Linear(3, 3))
+    assert torch.equal(capture(plain, (x,), {}).module()(x), plain(x))
