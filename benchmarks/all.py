@@ -8,9 +8,9 @@ tables of the README and docs/pt2e.md of them. A file of results is replaced onc
 to the end and its lines are as they should be (:mod:`sane`); before that it is ``NAME.jsonl.new``.
 
 ``--sample`` is to see in two minutes that everything runs: small cases of each script, and of
-``benchmarks/suite.py`` (pytest-benchmark). It is on one thread, so that a busy machine takes no
-longer, and keeps nothing, unless ``--results`` names a folder. The exit code is 1 where a script
-fails or a line is missing, never for speed.
+``benchmarks/suite.py`` (pytest-benchmark), whose file is compared with itself. It is on one thread,
+so that a busy machine takes no longer, and keeps nothing, unless ``--results`` names a folder. The
+exit code is 1 where a script fails or a line is missing, never for speed.
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ def suite(folder: Path) -> list[str]:
     )
     if done.returncode:
         return [f"exit {done.returncode}: {(done.stdout.strip().splitlines() or [''])[-1]}"]
-    return []
+    same = [sys.executable, "-m", "qkit", "bench", "compare", str(out), str(out)]
+    done = subprocess.run(same, capture_output=True, text=True, env=safe)
+    return [f"a run differs from itself: {done.stderr.strip()}"] if done.returncode else []
 
 
 def chosen(only: str | None, *, sample: bool) -> Iterator[str]:

@@ -29,6 +29,7 @@ COMMANDS = (
     "verify",
     "compare",
     "bench",
+    "bench compare",
     "schemes",
     "targets",
     "doctor",
@@ -59,11 +60,14 @@ class Commands(click.Group):
         """The command ``name``; dashes and underscores are the same."""
         if name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"qkit.cli.{name}").command
+        module = name.replace(" ", "_")
+        command: click.Command = importlib.import_module(f"qkit.cli.{module}").command
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """As click does, with the nearest names for an unknown command."""
+        """As click does, with commands of two words, and the nearest names for an unknown one."""
+        if (both := " ".join(args[:2])) in COMMANDS:
+            args = [both, *args[2:]]
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
             ctx.fail(f"no such command {args[0]!r}; did you mean: {nearest(args[0], COMMANDS, 3)}?")
         return super().resolve_command(ctx, args)

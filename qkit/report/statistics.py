@@ -93,9 +93,7 @@ def median_interval(values: Series, *, level: float = LEVEL, **drawn: int) -> In
     ``drawn`` are the keywords of :func:`draws`.
     """
     series = as_series(values)
-    flat = series.ravel()
-    found = [np.median(flat[index], axis=1) for index in draws(*series.shape, **drawn)]
-    return _between(float(np.median(flat)), np.concatenate(found), level)
+    return _between(float(np.median(series)), _medians(series, **drawn), level)
 
 
 def ratio_interval(
@@ -115,6 +113,22 @@ def ratio_interval(
         for index in draws(*slow.shape, **drawn)
     ]
     return _between(float(np.median(a) / np.median(b)), np.concatenate(found), level)
+
+
+def separate_ratio(
+    reference: Series, values: Series, *, level: float = LEVEL, seed: int = SEED, **drawn: int
+) -> Interval:
+    """:func:`ratio_interval` of series that are not paired: of two runs, each drawn on its own."""
+    slow, fast = as_series(reference), as_series(values)
+    a, b = _medians(slow, seed=seed, **drawn), _medians(fast, seed=seed + 1, **drawn)
+    return _between(float(np.median(slow) / np.median(fast)), a / b, level)
+
+
+def _medians(series: np.ndarray[Any, Any], **drawn: int) -> np.ndarray[Any, Any]:
+    """Those of all that is drawn out of a series."""
+    flat = series.ravel()
+    found = [np.median(flat[index], axis=1) for index in draws(*series.shape, **drawn)]
+    return np.concatenate(found)
 
 
 def _between(value: float, found: np.ndarray[Any, Any], level: float) -> Interval:

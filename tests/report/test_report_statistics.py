@@ -19,6 +19,7 @@ from qkit.report.statistics import (
     draws,
     median_interval,
     ratio_interval,
+    separate_ratio,
 )
 
 FEW = {"resamples": 200}
@@ -171,3 +172,28 @@ def test_no_series(values):
 def test_no_pairs():
     with pytest.raises(ValueError, match="paired"):
         ratio_interval(np.ones((1, 6)), np.ones((2, 3)))
+
+
+@given(SIZES, SIZES, st.integers(0, 9))
+def test_the_ratio_of_two_runs_is_that_of_a_slow_loop(before, after, seed):
+    a, b = series(seed, *before), series(seed + 1, *after)
+    drawn = []
+    for run, of in ((a, 3), (b, 4)):
+        flat = run.ravel()
+        indices = np.concatenate(list(draws(*run.shape, seed=of, **FEW)))
+        drawn.append([median([float(flat[i]) for i in row]) for row in indices])
+    ratios = [x / y for x, y in zip(*drawn, strict=True)]
+    found = separate_ratio(a, b, seed=3, **FEW)
+    value = median(list(a.ravel())) / median(list(b.ravel()))
+    assert found.value == pytest.approx(value)
+    assert found.low == pytest.approx(min(value, quantile(ratios, (1 - LEVEL) / 2)))
+    assert found.high == pytest.approx(max(value, quantile(ratios, (1 + LEVEL) / 2)))
+
+
+def test_two_runs_of_which_nothing_changed_are_seldom_told_apart():
+    told = sum(
+        separate_ratio(series(i, 1, 60), series(1000 + i, 1, 50), **FEW).verdict != SAME
+        for i in range(100)
+    )
+    # An interval of 99 % by the bootstrap of few rounds is a little too narrow.
+    assert told <= 6
