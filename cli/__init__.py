@@ -62,6 +62,7 @@ class Commands(click.Group):
             return None
         module = name.replace(" ", "_")
         command: click.Command = importlib.import_module(f"qkit.cli.{module}").command
+        command.name = name  # not that of the function, which is the same in every file
         return command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:

@@ -17,6 +17,7 @@ EXTRAS = {
     "images": (("pillow", "PIL.Image"),),
     "train": (("accelerate", "accelerate"),),
     "compress": (("accelerate", "accelerate"), ("PyYAML", "yaml")),
+    "report": (("Jinja2", "jinja2"), ("vl-convert-python", "vl_convert")),
     "pt2e": (("torchao", "torchao"),),
     "xnnpack": (("torchao", "torchao"), ("executorch", "executorch.runtime")),
     "onnx": (

@@ -37,20 +37,20 @@ class LayerRow:
 class Report:
     """The figures of one run. ``to_json`` has exactly the keys of the fields below.
 
-    ``coverage`` parameters, quantized_parameters, fraction, layers_quantized, layers_left; ``done``
-        where it is something else than "quantized"; of a target of PT2E integer_layers that its
-        runtime runs, and integer_layers_expected
-    ``size_bytes`` source, artifact (its weights file), ratio, folder (all files)
-    ``error`` sqnr_db, cosine, max_abs against the float model, level (model or weights), inputs
-    ``latency_ms`` float and quantized {median, p10, p90, repeats}, speedup, threads
-    ``kernels`` implementation -> calls in one forward pass (counted, not assumed)
-    ``verification`` status, level, runtime, fresh_process, checks
-    ``calibration`` samples, activations (:class:`~qkit.report.ActivationRow`), where asked for
-    ``training`` how a quantized model was trained, and its figures after each epoch
-    ``remarks`` plain sentences: what is not faster and why, what was assumed
-    ``details`` where a document was asked for: histograms of the least exact weights
-        (:class:`~qkit.report.Distribution`), times of the layers beside the roofline, bytes of the
-        layers and of the files
+    * ``coverage``: parameters, quantized_parameters, fraction, layers_quantized, layers_left;
+      ``done`` where it is something else than "quantized"; of a target of PT2E integer_layers that
+      its runtime runs, and integer_layers_expected
+    * ``size_bytes``: source, artifact (its weights file), ratio, folder (all files)
+    * ``error``: sqnr_db, cosine, max_abs against the float model, level (model or weights), inputs
+    * ``latency_ms``: float and quantized {median, p10, p90, repeats}, speedup, threads
+    * ``kernels``: implementation -> calls in one forward pass (counted, not assumed)
+    * ``verification``: status, level, runtime, fresh_process, checks
+    * ``calibration``: samples, activations (:class:`~qkit.report.ActivationRow`), where asked for
+    * ``training``: how a quantized model was trained, and its figures after each epoch
+    * ``remarks``: plain sentences: what is not faster and why, what was assumed
+    * ``details``: where a document was asked for: histograms of the least exact weights
+      (:class:`~qkit.report.Distribution`), times of the layers beside the roofline, bytes of the
+      layers and of the files
     """
 
     scheme: str
