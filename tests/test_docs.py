@@ -179,7 +179,8 @@ def test_every_command_and_public_name_has_its_reference(site: Path) -> None:
 
 
 def test_pictures_are_the_same_each_time_and_on_a_page(site: Path, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, str(DOCS / "site" / "pictures.py"), str(tmp_path)], check=True)
+    script = DOCS / "site" / "pictures.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True)
     files = sorted(tmp_path.iterdir())
     assert len(files) >= 9
     for path in files:
