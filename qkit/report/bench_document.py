@@ -16,7 +16,7 @@ from qkit.report.text import decibels, duration, size
 def bench_document(report: BenchReport) -> Document:
     """The document of ``report``."""
     return document(
-        f"{len(report.contenders)} contenders beside {report.baseline}",
+        f"Benchmark beside {report.baseline}",
         verdict(report),
         section("tradeoff", "Size, latency and error", _tradeoff(report)),
         section("remarks", "What to know", Notes(tuple(sentences(report)))),
@@ -89,7 +89,7 @@ def _tradeoff(report: BenchReport) -> Table:
         rows.append((each.name, each.size_bytes, latency, _sqnr(each), best))
     note = (
         f"latency at {place(batch, threads)}; a contender is on the frontier unless another is "
-        "nowhere worse, and somewhere better"
+        "nowhere worse, and somewhere better; what is exact has no place on an axis of decibels"
     )
     charts = (
         Chart("points", "Size and latency", "size", "latency", "contender"),
@@ -162,7 +162,7 @@ def _costs(report: BenchReport) -> Table:
         Column("load", "milliseconds"): lambda c: c.load_ms,
         Column("first call", "milliseconds"): lambda c: c.cold_start_ms,
         Column("peak memory", "bytes"): lambda c: c.peak_memory_bytes,
-        Column("memory before", "bytes"): lambda c: c.base_memory_bytes,
+        Column("before loading", "bytes"): lambda c: c.base_memory_bytes,
         Column("output SQNR", "decibels"): _sqnr,
         Column("cosine", "cosine"): lambda c: _error(c, "cosine"),
         Column("max error", "error"): _largest,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qkit.report.bench import BenchReport, Contender, Difference, Timing
-from qkit.report.text import decibels, duration, largest, markdown_table, size
+from qkit.report.text import decibels, duration, largest, markdown_table, rate, size
 
 UNKNOWN = "n/a"
 
@@ -77,7 +77,7 @@ def _times(report: BenchReport) -> Grid:
             duration(timing.median),
             f"{duration(timing.ci_low)} to {duration(timing.ci_high)}",
             duration(timing.p90),
-            f"{timing.throughput:,.0f}" if timing.throughput >= 100 else f"{timing.throughput:.3g}",
+            rate(timing.throughput),
             _speed(report, each, timing),
         )
         for batch in report.batches

@@ -78,6 +78,13 @@ def _name(table: Table, name: str) -> dict[str, Any]:
     return {"field": f"v{table.index(name)}", "type": "nominal", "title": None, "sort": None}
 
 
+def _group(table: Table, name: str) -> dict[str, Any]:
+    """A channel that tells groups apart, in the same way in all charts of the table: also where a
+    group has nothing to draw."""
+    groups = dict.fromkeys(row[table.index(name)] for row in table.rows)
+    return _name(table, name) | {"scale": {"domain": list(groups)}}
+
+
 def _hover(table: Table, names: list[str]) -> list[dict[str, Any]]:
     places = dict.fromkeys(table.index(name) for name in names)
     return [{"field": f"t{i}", "title": table.columns[i].name, "type": "nominal"} for i in places]
@@ -94,13 +101,13 @@ def _bars(table: Table, chart: Chart, count: int) -> dict[str, Any]:
     if chart.by is None:
         mark["color"] = COLOURS[0]
     else:
-        encoding["color"] = _name(table, chart.by)
+        encoding["color"] = _group(table, chart.by)
     return {"height": BAR * count, "mark": mark, "encoding": encoding}
 
 
 def _points(table: Table, chart: Chart, count: int) -> dict[str, Any]:
     assert chart.by is not None
-    by = _name(table, chart.by)
+    by = _group(table, chart.by)
     encoding = {
         "x": _axis(table, chart.x, scale={"zero": True, "nice": True}),
         "y": _axis(table, chart.y, scale={"zero": True, "nice": True}),

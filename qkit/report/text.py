@@ -37,6 +37,15 @@ def duration(milliseconds: float) -> str:
     return f"{milliseconds / 1000:.3g} s"
 
 
+def rate(value: float) -> str:
+    """So many in a second.
+
+    >>> rate(12345.6), rate(1.2345)
+    ('12,346', '1.23')
+    """
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def decibels(value: float | None, *, exact: str = "exact") -> str:
     """An SQNR; None means that there is no error."""
     return exact if value is None else f"{value:.1f} dB"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from qkit.report.text import decibels, duration, size
+from qkit.report.text import decibels, duration, rate, size
 
 # What was not measured, or cannot be known.
 UNKNOWN = "n/a"
@@ -27,7 +27,7 @@ KINDS: dict[str, Callable[[Any], str]] = {
     "times": "{:.2f}x".format,
     "number": "{:.4g}".format,
     "figure": "{:.5g}".format,
-    "rate": "{:,.4g}".format,
+    "rate": rate,
 }
 
 

@@ -116,6 +116,19 @@ def test_charts_draw_the_numbers_of_their_tables(shown):
     assert count >= 8
 
 
+def test_a_group_has_one_colour_in_all_charts():
+    table = Table(
+        "t",
+        (Column("name"), Column("a", "number"), Column("b", "number")),
+        (("x", 1, "exact"), ("y", 2, 3)),
+        charts=(Chart("points", "c", "a", "a", "name"), Chart("points", "c", "a", "b", "name")),
+    )
+    drawn = [vega_lite(table, chart) for chart in table.charts]
+    assert [len(spec["data"]["values"]) for spec in drawn] == [2, 1]
+    for channel in ("color", "shape"):
+        assert [s["encoding"][channel]["scale"]["domain"] for s in drawn] == [["x", "y"]] * 2
+
+
 def test_a_name_is_never_markup(shown, page):
     parsed = Page(page)
     tags = [tag for tag, _ in parsed.tags]
