@@ -168,7 +168,7 @@ def _speeds(row: dict[str, Any]) -> str:
 
 def accuracy() -> str:
     """SQNR of int8 on held-out data by treatment, beside ONNX Runtime's own quantization."""
-    records = [r for r in read("accuracy") if "model" in r]
+    records = [r for r in read("accuracy") if "model" in r and "algorithm" not in r]
     treatments = list(dict.fromkeys(r["treatment"] for r in records))
     rows = []
     for model in dict.fromkeys(r["model"] for r in records):
@@ -224,8 +224,22 @@ def layers() -> str:
     return markdown(["layer", "batch", "torch fp32", *(f"`{name}`" for name in schemes)], rows)
 
 
+def algorithms() -> str:
+    """What each algorithm of int8-static gains over rounding to nearest, in decibels."""
+    records = [r for r in read("accuracy") if "model" in r]
+    names = list(dict.fromkeys(r["treatment"] for r in records if "algorithm" in r))
+    rows = []
+    for model in dict.fromkeys(r["model"] for r in records):
+        found = {r["treatment"]: r["sqnr_db"] for r in records if r["model"] == model}
+        base = found["static, minmax"]
+        gains = [f"{found[name] - base:+.1f}" if name in found else "" for name in names]
+        rows.append([model, f"{base:.1f}", *gains])
+    return markdown(["model", "minmax", *(name.removeprefix("minmax, ") for name in names)], rows)
+
+
 TABLES = {
     "accuracy": accuracy,
+    "algorithms": algorithms,
     "compression": compression,
     "pruning": pruning,
     "quality": quality,

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     "--algorithm",
     default="auto",
     show_default=True,
-    help="rtn; gptq (needs --calib); auto: gptq below 8 bits where there is --calib.",
+    help="rtn; gptq or adaround (need --calib); auto: gptq below 8 bits where there is --calib. "
+    "For int8 activations with a --target other than torch also equalization, smoothquant and "
+    "bias-correction, joined by +.",
 )
 @click.option(
     "--backend",
@@ -121,6 +123,12 @@ if TYPE_CHECKING:
     "--freeze-ranges",
     type=click.IntRange(min=0),
     help="With --train: epochs after which the ranges stay [two thirds].",
+)
+@click.option(
+    "--lsq",
+    is_flag=True,
+    help="With --train: train the steps of weights and activations too (learned step size "
+    "quantization).",
 )
 @click.option(
     "--freeze-norms",

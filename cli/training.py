@@ -31,7 +31,7 @@ _OPTIONS = (
 )
 _NAMES = (
     *("train", "val", "loss", "metric", "checkpoints", "trackers"),
-    *("teacher", "temperature", "freeze_ranges", "freeze_norms"),
+    *("teacher", "temperature", "freeze_ranges", "freeze_norms", "lsq"),
 )
 
 

@@ -154,6 +154,8 @@ def test_pt2e_measures_a_cell_once(tmp_path: Path) -> None:
     assert record["speedup"] > 0
     assert record["size_ratio"] < 0.3
     assert all(db > 30 for db in record["batches"])
+    assert record["load_average"] >= 0
+    assert -0.05 <= record["load_of_others"] <= 1.05
 
 
 def test_pt2e_judges_and_tells_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,18 +176,26 @@ def test_pt2e_judges_and_tells_what_is_wrong(monkeypatch: pytest.MonkeyPatch) ->
     assert "29.0 dB" in script.judged(good | {"batches": [29.0, 38.0]})
     assert script.judged(good | {"mode": "static", "sqnr_db": 12.0}) == "passed"
     assert "9.0 dB" in script.judged(good | {"mode": "static", "sqnr_db": 9.0})
+    chaotic = good | {"mode": "static", "sqnr_db": 9.0}
+    assert script.judged(chaotic | {"rival_db": 8.9}) == "passed"
+    assert "9.1 of ONNX Runtime" in script.judged(chaotic | {"rival_db": 9.1})
     assert script.judged(good | {"model": "MiniLM", "sqnr_db": 18.0}) == "passed"
     assert "3: InputError" in script.judged(good | {"batches": [37.0, "3: InputError"]})
     lines = [
         good | {"status": "old"},
         good | {"status": "passed"},
         good | {"target": "xnnpack", "status": "29.0 dB, less than 30"},
-        {"model": "LSTM", "mode": "static", "target": "onnx", "status": "CoverageError: nothing"},
+        good | {"model": "BERT", "status": "passed", "load_of_others": 0.4},
+        {"model": "LSTM", "mode": "static", "target": "onnx", "status": "refused: no linear layer"},
+        {"model": "LSTM", "mode": "dynamic", "target": "onnx", "status": "VerificationError"},
     ]
     page = script.page(lines)
-    assert "1 of 3 cells passed" in page
+    assert "2 of 5 cells passed, 1 are refused on purpose" in page
+    assert "| 3/3, 38.0 dB, not timed quietly, 0.25 |" in page
+    assert "| refused [2] |" in page
+    assert "| failed [3] |" in page
     assert "3/3, 38.0 dB, 2.00x, 0.25 [1] |" in page
-    assert "1. 29.0 dB, less than 30\n2. CoverageError: nothing\n" in page
+    assert "1. 29.0 dB, less than 30\n2. no linear layer\n3. VerificationError\n" in page
     assert "old" not in page.split("|", 1)[1]
 
 

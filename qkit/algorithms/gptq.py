@@ -29,7 +29,7 @@ def gptq(weight: Tensor, spec: QSpec, stats: Stats, *, name: str = "weight") -> 
         qparams = cast_codes(weight, spec, name=name).qparams
     else:
         qparams = choose_qparams(weight, spec, name=name)
-    scale, zero_point = _per_value(qparams, spec, weight)
+    scale, zero_point = per_value(qparams, spec, weight)
     groups = len(stats.moment)
     rows = zip(
         weight.float().chunk(groups),
@@ -42,7 +42,7 @@ def gptq(weight: Tensor, spec: QSpec, stats: Stats, *, name: str = "weight") -> 
     return QTensor(codes.to(code_dtype(fmt)), qparams, spec)
 
 
-def _per_value(qparams: QParams, spec: QSpec, weight: Tensor) -> tuple[Tensor, Tensor]:
+def per_value(qparams: QParams, spec: QSpec, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The scale and the zero point of each value of ``weight``."""
     shape = tuple(weight.shape)
     blocks = to_blocks(weight, spec.granularity.block_shape(shape))

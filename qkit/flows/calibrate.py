@@ -25,10 +25,14 @@ MASK = "attention_mask"
 
 def passes(layers: Mapping[str, nn.Module]) -> Iterator[list[str]]:
     """The names of ``layers``, cut so that the statistics of each part fit in PASS_BYTES."""
+    return parts({name: 4 * int(_empty(layer).moment.numel()) for name, layer in layers.items()})
+
+
+def parts(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names of ``sizes`` (in bytes), cut so that each part fits in PASS_BYTES."""
     part: list[str] = []
     used = 0
-    for name, layer in layers.items():
-        size = 4 * int(_empty(layer).moment.numel())
+    for name, size in sizes.items():
         if part and used + size > PASS_BYTES:
             yield part
             part, used = [], 0

@@ -10,6 +10,7 @@ from torch import nn
 from qkit.flows.data import Data
 from qkit.flows.per_layer import SAMPLES, GraphModel, per_layer
 from qkit.flows.pt2e import prepare
+from qkit.flows.treat import harmless
 from qkit.spec import Recipe, Rule
 
 # The list is found on a few samples, the goal is held to on more: it is aimed a little higher.
@@ -25,7 +26,7 @@ def reach(
     :func:`qkit.flows.per_layer.per_layer`: the layers that cost most alone, their gain measured
     together, at most a quarter of all.
     """
-    prepared = prepare(model, recipe, data, **given)
+    prepared = prepare(model, harmless(recipe), data, **given)
     inputs = data.first() if prepared.captured.shapes is None else data.head(SAMPLES)
     found = per_layer(GraphModel(prepared, inputs), data.origin, goal=goal + MARGIN_DB)
     before = found.output.sqnr_db

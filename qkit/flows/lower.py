@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qkit.errors import RequestError, UsageError
+from qkit.flows.algorithm import AUTO, check_algorithms, resolve_algorithm
 from qkit.flows.check import recorded, small
 from qkit.flows.data import Data, in_memory
 from qkit.flows.data_check import suspicions
@@ -38,7 +39,6 @@ from qkit.flows.lowered_rows import lowered_distributions, lowered_rows
 from qkit.flows.pt2e import convert
 from qkit.flows.ptq import Progress, no_progress, quantize_module
 from qkit.flows.qat import Qat, fill_training, train_quantized, trained_scheme
-from qkit.flows.quantize import AUTO, check_algorithms, resolve_algorithm
 from qkit.flows.runtime import FLOAT, judge, run_fresh
 from qkit.flows.save import check_budgets, fill_files, head, write_report
 from qkit.graph import BATCH, capture
@@ -80,7 +80,8 @@ def lower(
     """Quantize ``model`` for ``target`` and write the artifact ``path``; None only quantizes.
 
     ``scheme`` is ``int8-static``, ``int8-dynamic``, or one of weights only that the target has
-    (``w4a16-g32``, by ``algorithm`` as in :func:`qkit.quantize`). ``calib`` are real inputs, in
+    (``w4a16-g32``, by ``algorithm`` as in :func:`qkit.quantize`; that of int8 activations is
+    one or several of :mod:`qkit.flows.treat`). ``calib`` are real inputs, in
     batches; a dynamic scheme takes no more of them than the comparison does. ``dims`` names dynamic
     dimensions besides the batch (:func:`qkit.graph.capture`), ``options`` are the target's.
     With ``calib_report`` the report has a row for each activation with a learnt range, with
@@ -105,6 +106,7 @@ def lower(
     notes: list[str] = []
     runtime = backend(known_target(target))
     main = check_request(recipe, runtime, options)
+    check_algorithms(recipe, calibrated=True, graph=not main.weight_only)
     out = None if path is None else Path(path)
     if out is not None:
         check_destination(out, overwrite=overwrite)
@@ -124,8 +126,9 @@ def lower(
         drawn = weight_distributions(model, qmodel, rows)
         long = main.long_form()
     else:
-        if other := {rule.algorithm for rule in recipe.rules if rule.scheme} - {"rtn"}:
-            raise UsageError("int8 weights are rounded to nearest", got=", ".join(sorted(other)))
+        other = {rule.algorithm for rule in recipe.rules if rule.scheme} - {"rtn"}
+        if other and qat is not None:
+            raise UsageError("training finds the codes itself", got=", ".join(sorted(other)))
         given: dict[str, Any] = {"dims": dims, "options": options, "progress": progress}
         learnt: dict[str, Any] = {"dialect": dialect, "observer": observer}
         if goal_sqnr is not None and qat is not None:
@@ -143,7 +146,7 @@ def lower(
     inputs = _compared(converted, data)
     report = new_report(main, target, recipe, rows)
     report.scheme_long = long
-    report.remarks += [*notes, *converted.captured.notes]
+    report.remarks += [*notes, *converted.notes, *converted.captured.notes]
     if any(site.static for site in converted.sites):
         report.remarks += suspicions(model, inputs, converted.samples)
         report.calibration = {"samples": converted.samples, "origin": data.origin}
@@ -173,7 +176,7 @@ def requested(
     main = parse(scheme) if isinstance(scheme, str) else scheme
     algorithm = resolve_algorithm(main, algorithm, calibrated=calibrated)
     recipe = Recipe.simple(main, ignore, algorithm=algorithm)
-    check_algorithms(recipe, calibrated=calibrated)
+    check_algorithms(recipe, calibrated=calibrated, graph=not main.weight_only)
     return recipe
 
 

@@ -97,6 +97,7 @@ def _qat(training: TrainRequest, loaded: Loaded, out: Path) -> Qat:
         freeze_norms=training.freeze_norms,
         teacher=training.teacher or 0.0,
         temperature=training.temperature,
+        lsq=training.lsq,
         origin={"source": loaded.source.files},
     )
 

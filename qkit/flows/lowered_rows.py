@@ -36,7 +36,8 @@ def lowered_rows(
         elif found.scheme is None:
             rows.append(left_row(entry, found.reason))
         else:
-            rows.append(_row(entry, found, found.scheme, weight, algorithm))
+            treated = "+".join(found.algorithms) if found.algorithms != ("rtn",) else algorithm
+            rows.append(_row(entry, found, found.scheme, weight, treated))
     return rows
 
 
@@ -96,6 +97,7 @@ def _row(
         w = weight.detach()
         qparams = choose_qparams(w, spec)
         bits += 32 * qparams.scale.numel() / w.numel()
-        sqnr = tensor_sqnr_db(w, fake_quantize(w, qparams, spec))
+        if algorithm in (PT2E, "qat"):  # else they are other codes, or of another weight
+            sqnr = tensor_sqnr_db(w, fake_quantize(w, qparams, spec))
     note = None if site.kind in (entry.kind, entry.inside_kind) else f"its {site.kind}"
     return quantized_row(entry, scheme.name, algorithm, bits, sqnr, note)

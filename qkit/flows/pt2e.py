@@ -17,6 +17,8 @@ from qkit.errors import CoverageError, InputError, UsageError, nearest
 from qkit.flows.data import Data, in_memory
 from qkit.flows.evaluate import AnyInputs, eval_mode
 from qkit.flows.ptq import Progress, check_rules, check_tensors, no_progress
+from qkit.flows.treat import after, before
+from qkit.flows.uneven import uneven_rows
 from qkit.graph import DIALECTS, Captured, Dialect, Site, capture, find_sites, quiet
 from qkit.graph.capture import Dims
 from qkit.graph.unfolded import spell_out
@@ -36,6 +38,7 @@ class Prepared:
     sites: tuple[Site, ...]
     samples: int
     observer: str
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -56,7 +59,8 @@ def convert(
 
     ``scheme`` is a name (``int8-static``, ``int8-dynamic``), a Scheme or a Recipe; ``ignore`` is as
     in :func:`qkit.quantize`, and a rule may name an operator too (``Linear`` also for
-    ``F.linear``). ``dialect`` is a key of :data:`qkit.graph.DIALECTS`; ``observer`` one of
+    ``F.linear``); the algorithms of rules are those of :mod:`qkit.flows.treat`. ``dialect`` is a
+    key of :data:`qkit.graph.DIALECTS`; ``observer`` one of
     :data:`qkit.numerics.OBSERVERS`. ``dims`` are as in :func:`qkit.graph.capture`. A ``quantizer``
     of your own (:mod:`qkit.graph.annotate`) replaces recipe and dialect for the annotations.
     With ``watch`` the result tells what each activation looks like (``activations``).
@@ -119,6 +123,8 @@ def prepare(
     sites = find_sites(module, recipe, dialect)
     if quantizer is None and all(site.scheme is None for site in sites):
         raise nothing(sites)
+    notes = before(module, sites, data)
+    notes += uneven_rows(module, sites, dialect, example)
     quantizer = quantizer or RecipeQuantizer(recipe, dialect, observer)
     with quiet():
         prepared = prepare_pt2e(module, quantizer)
@@ -128,7 +134,9 @@ def prepare(
     sites = quantizer.sites if isinstance(quantizer, RecipeQuantizer) else []
     static = not isinstance(quantizer, RecipeQuantizer) or any(site.static for site in sites)
     samples = _calibrate(prepared, data, progress, once=not static)
-    return Prepared(captured, prepared, tuple(sites), samples, observer)
+    fixed = captured.shapes is None
+    after(prepared, sites, data, lambda count: data.first() if fixed else data.head(count))
+    return Prepared(captured, prepared, tuple(sites), samples, observer, tuple(notes))
 
 
 def finish(prepared: Prepared, options: Mapping[str, Any], *, watch: bool = False) -> Converted:
@@ -150,6 +158,7 @@ def finish(prepared: Prepared, options: Mapping[str, Any], *, watch: bool = Fals
         activations,
         prepared.samples,
         prepared.observer,
+        prepared.notes,
     )
 
 

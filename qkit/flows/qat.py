@@ -47,8 +47,9 @@ class Qat:
 
     After ``freeze_ranges`` epochs the ranges of weights and activations stay, after
     ``freeze_norms`` the statistics of batch normalisations (two thirds of the epochs each, unless
-    said). With ``teacher`` (0 to 1) the loss is mixed with that against the float model's outputs,
-    softened by ``temperature``.
+    said). With ``lsq`` the loss trains the steps of weights and activations too, until then
+    (:class:`qkit.graph.fake.PerChannelLearned`). With ``teacher`` (0 to 1) the loss is mixed with
+    that against the float model's outputs, softened by ``temperature``.
     """
 
     data: TrainData
@@ -62,6 +63,7 @@ class Qat:
     freeze_norms: int | None = None
     teacher: float = 0.0
     temperature: float = 2.0
+    lsq: bool = False
     origin: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,7 +89,7 @@ class Qat:
 
     def to_json(self) -> dict[str, Any]:
         """What decided about the result, as plain data."""
-        names = ("freeze_ranges", "freeze_norms", "teacher", "temperature")
+        names = ("freeze_ranges", "freeze_norms", "teacher", "temperature", "lsq")
         loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", "")
         return {
             "options": self.options.to_json(),
@@ -156,7 +158,7 @@ def train_quantized(
             "the model takes one size of batches only, and training needs any",
             got=captured.notes[0],
         )
-    prepared, sites = _prepared(captured.module(), recipe, dialect, quantizer)
+    prepared, sites = _prepared(captured.module(), recipe, dialect, quantizer, lsq=qat.lsq)
     _first_ranges(prepared, qat)
     trained = train(
         prepared,
@@ -192,11 +194,11 @@ def _origin(qat: Qat, dialect: Dialect, recipe: Recipe) -> dict[str, Any]:
 
 
 def _prepared(
-    module: fx.GraphModule, recipe: Recipe, dialect: Dialect, quantizer: Any
+    module: fx.GraphModule, recipe: Recipe, dialect: Dialect, quantizer: Any, *, lsq: bool
 ) -> tuple[fx.GraphModule, list[Site]]:
     from qkit.graph.annotate import RecipeQuantizer, name_observers
     from qkit.graph.ao import prepare_pt2e
-    from qkit.graph.fake import PerChannelFake, fake_biases
+    from qkit.graph.fake import PerChannelFake, PerChannelLearned, fake_biases
     from qkit.graph.norms import fold, own_tensors, unfold
 
     own_tensors(module)
@@ -205,7 +207,8 @@ def _prepared(
         sites = find_sites(module, recipe, dialect)
         if all(site.scheme is None for site in sites):
             raise nothing(sites)
-        quantizer = RecipeQuantizer(recipe, dialect, "moving-average", PerChannelFake)
+        watcher = PerChannelLearned if lsq else PerChannelFake
+        quantizer = RecipeQuantizer(recipe, dialect, "moving-average", watcher)
     with quiet():
         prepared = prepare_pt2e(module, quantizer)
     name_observers(prepared)
@@ -218,12 +221,13 @@ def _prepared(
 
 
 def _first_ranges(prepared: fx.GraphModule, qat: Qat) -> None:
-    from qkit.graph.fake import move_ranges
+    from qkit.graph.fake import learn_steps, move_ranges
 
     move_ranges(prepared, "always")
     prepared.eval()
     for batch in islice(qat.inputs().stream(), FIRST_BATCHES):
         run(prepared, batch)
+    learn_steps(prepared)
     move_ranges(prepared, "training")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from qkit.algorithms import CALIBRATED, DATA_FREE
-from qkit.errors import InputError, RequestError, UsageError, nearest
+from qkit.errors import InputError, RequestError, UsageError
+from qkit.flows.algorithm import AUTO, check_algorithms, resolve_algorithm
 from qkit.flows.casts import cast_module
 from qkit.flows.coded import save_coded
 from qkit.flows.data import gathered
@@ -41,8 +41,6 @@ from qkit.spec import Float, Recipe, Scheme, parse
 from qkit.targets import CODED, COMPRESSED, GGUF, check_format, coded, compressed_tensors, gguf
 from qkit.targets import check as check_target
 from qkit.targets.staging import check_destination, check_file_destination
-
-AUTO = "auto"
 
 
 def resolve_recipe(
@@ -74,26 +72,6 @@ def resolve_recipe(
             fix="leave out --ignore, or use a weight-only scheme",
         )
     return main, recipe
-
-
-def resolve_algorithm(scheme: Scheme, algorithm: str, *, calibrated: bool) -> str:
-    """What ``auto`` stands for: 8 bits are near the float model by rounding; below, data makes the
-    difference."""
-    if algorithm != AUTO:
-        return algorithm
-    return "gptq" if calibrated and scheme.weight.format.bits < 8 else "rtn"
-
-
-def check_algorithms(recipe: Recipe, *, calibrated: bool) -> None:
-    """Refuse unknown algorithms, and without data those that need some."""
-    known = [*DATA_FREE, *CALIBRATED]
-    for name in dict.fromkeys(rule.algorithm for rule in recipe.rules if rule.scheme):
-        if name not in known:
-            raise UsageError("unknown algorithm", got=repr(name), wanted=nearest(name, known))
-        if name in CALIBRATED and not calibrated:
-            raise UsageError(
-                f"the algorithm {name!r} needs data", fix="--calib FILE.npz with real inputs"
-            )
 
 
 def quantize(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qkit.errors import MissingExtraError, RequestError, UsageError, first_line
+from qkit.flows.algorithm import AUTO
 from qkit.flows.check import model_check
 from qkit.flows.evaluate import (
     eval_mode,
@@ -33,7 +34,7 @@ from qkit.flows.evaluate import (
     tensor_bytes,
 )
 from qkit.flows.ptq import Plan, Progress, no_progress, plan_layers
-from qkit.flows.quantize import AUTO, Request, default_output
+from qkit.flows.quantize import Request, default_output
 from qkit.flows.rows import left_row, quantized_row
 from qkit.flows.save import check_budgets, complete, head
 from qkit.flows.source import request_inputs

@@ -27,7 +27,8 @@ class Dialect:
     float. ``kinds`` are the operators (:mod:`qkit.graph.kinds`) that have integer kernels,
     ``dynamic`` those of them that also have one for ranges taken at each call. With ``outputs``,
     the layers ``always`` are rounded behind, because their kernels take codes and give codes. The
-    kernels of the layers ``summing`` add to codes, so that one term of a sum is not rounded.
+    kernels of the layers ``summing`` add to codes, so that one term of a sum is not rounded. Ranges
+    that are taken at each call are those of all rows, or ``by_row`` of each.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Dialect:
     dynamic: frozenset[str]
     always: frozenset[str] = _CONVS
     summing: frozenset[str] = frozenset()
+    by_row: bool = False
 
     def input_spec(self, when: str) -> QSpec:
         """How activations are quantized: per tensor, ``when`` static or dynamic."""
@@ -79,6 +81,15 @@ DIALECTS = {
             frozenset(),
             frozenset({"Conv2d"}),
         ),
-        Dialect("xnnpack", INT8, True, False, _ALL - {"AvgPool2d"} | {"Mul"}, _LINEAR, _LAYERS),
+        Dialect(
+            "xnnpack",
+            INT8,
+            True,
+            False,
+            _ALL - {"AvgPool2d"} | {"Mul"},
+            _LINEAR,
+            _LAYERS,
+            by_row=True,
+        ),
     )
 }

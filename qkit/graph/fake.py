@@ -14,11 +14,12 @@ from torch import Tensor, fx, nn
 
 from qkit.graph.ao import DerivedObserverOrFakeQuantize
 from qkit.graph.observe import PerChannelRange
+from qkit.numerics import QParams, fake_quantize
 from qkit.numerics.observers import Extremes
 
 
 class PerChannelFake(PerChannelRange):
-    """Rounds what passes to the codes of its spec, with torch's gradient: 1 inside, 0 outside.
+    """Rounds what passes to the codes of its spec.
 
     A weight's range is that of its values at each call; an activation's is estimated (by extremes:
     ``minmax`` or ``moving-average``) from what passes while ``moves`` is ``always``, or in
@@ -40,15 +41,7 @@ class PerChannelFake(PerChannelRange):
         weight = self.observer.spec.when == "weight"
         if self.moves != "never" and (weight or self.training or self.moves == "always"):
             self._update(x.detach(), weight)
-        scale, zero_point = self.calculate_qparams()
-        zero_point = zero_point.to(torch.int32)
-        if self.ch_axis is not None:
-            return torch.fake_quantize_per_channel_affine(
-                x, scale, zero_point, self.ch_axis, self.quant_min, self.quant_max
-            )
-        return torch.fake_quantize_per_tensor_affine(
-            x, scale, zero_point, self.quant_min, self.quant_max
-        )
+        return self.rounded(x)
 
     def _update(self, x: Tensor, weight: bool) -> None:
         seen = self.lo.numel() > 0
@@ -67,6 +60,49 @@ class PerChannelFake(PerChannelRange):
         """As :class:`~qkit.graph.observe.PerChannelRange` answers, by the buffers."""
         self.observer.state = Extremes(self.lo, self.hi) if self.lo.numel() else None
         return super().calculate_qparams(**kwargs)
+
+
+class PerChannelLearned(PerChannelFake):
+    """Rounds as :class:`PerChannelFake` does, by a step that is trained: LSQ.
+
+    Esser et al. 2020 (arXiv 1902.08153); the gradient is that of
+    :func:`qkit.numerics.fake_quantize`. What the optimizer sees is the logarithm of the step over
+    the one that was observed first (as Jain et al. 2020, arXiv 1903.08066, train logarithms): one
+    learning rate fits all steps then, weight decay pulls to what was observed, and no step becomes
+    negative. Zero points are those of the observed range.
+    """
+
+    first: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("first", torch.empty(0))
+        self.ratio = nn.Parameter(torch.empty(0))
+
+    def learn(self) -> None:
+        """Train the step from what was observed on; where nothing was, it stays so."""
+        if self.lo.numel() and not self.is_dynamic:
+            self.first = super().calculate_qparams()[0].clone()
+            self.ratio = nn.Parameter(torch.zeros_like(self.first))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` in the numbers of its spec."""
+        if not self.first.numel():
+            return super().forward(x)
+        ratio = self.ratio.detach() if self.moves == "never" else self.ratio
+        spec, step = self.observer.spec, self.first * ratio.exp()
+        shape = spec.granularity.scale_shape(tuple(x.shape))
+        zero_point = None if spec.symmetric else self.calculate_qparams()[1].reshape(shape)
+        learnt = fake_quantize(x, QParams(step.reshape(shape), zero_point), spec)
+        # The numbers of the converted program, which multiplies by the inverse of the step.
+        return learnt + (self.rounded(x) - learnt).detach()
+
+    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The step as it is now; before :meth:`learn`, that of the observed range."""
+        scale, zero_point = super().calculate_qparams(**kwargs)
+        if self.first.numel():
+            scale = (self.first * self.ratio.detach().exp()).to(scale)
+        return scale, zero_point
 
 
 class FakeBias(DerivedObserverOrFakeQuantize):
@@ -95,6 +131,13 @@ def fake_biases(prepared: fx.GraphModule) -> None:
         if node.op == "call_module" and type(prepared.get_submodule(node.target)) is FakeBias:
             next(iter(node.users)).prepend(node)  # the ranges it follows from are known by then
     prepared.recompile()
+
+
+def learn_steps(prepared: nn.Module) -> None:
+    """Let the steps in ``prepared`` that can be trained (:class:`PerChannelLearned`) be."""
+    for module in prepared.modules():
+        if isinstance(module, PerChannelLearned):
+            module.learn()
 
 
 def move_ranges(prepared: nn.Module, moves: str) -> None:

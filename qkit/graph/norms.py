@@ -159,7 +159,7 @@ def fold(module: fx.GraphModule) -> None:
         if bias is not None and users[str(bias.target)] > 1:
             continue
         if bias is None:
-            _give_bias(module, conv, str(weight[0].target))
+            give_bias(module, conv, str(weight[0].target))
         conv.meta[KEY] = (
             norm,
             {
@@ -174,8 +174,26 @@ def fold(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _give_bias(module: fx.GraphModule, conv: fx.Node, weight: str) -> None:
-    """A bias of zeros, which is no parameter, for a convolution without one."""
+def merge(module: fx.GraphModule) -> None:
+    """:func:`fold` for a graph that is not trained: the folded weights and biases are in it."""
+    fold(module)
+    for node in module.graph.nodes:
+        if KEY not in node.meta:
+            continue
+        norm, tensors = node.meta.pop(KEY)
+        weight, bias = (attribute_of(module, str(each.target)) for each in node.args[1:3])
+        gamma, beta, mean, var = (
+            None if name is None else tensors[name].detach()
+            for name in (norm.weight, norm.bias, norm.mean, norm.var)
+        )
+        folded = ScaledWeight(norm).eval()(weight.detach(), gamma, var)
+        moved = FoldedBias(norm).eval()(bias.detach(), gamma, beta, mean, var)
+        for each, tensor in zip(node.args[1:3], (folded, moved), strict=True):
+            put(module, str(each.target), nn.Parameter(tensor, requires_grad=False))
+
+
+def give_bias(module: fx.GraphModule, conv: fx.Node, weight: str) -> None:
+    """A bias of zeros, which is no parameter, for a convolution or linear layer without one."""
     name = f"{weight}_bias"
     owner, _, leaf = name.rpartition(".")
     zeros = torch.zeros_like(attribute_of(module, weight).flatten(1)[:, 0])
@@ -201,7 +219,7 @@ def unfold(prepared: fx.GraphModule) -> None:
         if KEY in node.meta:
             norm, tensors = node.meta[KEY]
             for name, tensor in tensors.items():
-                _put(prepared, name, tensor)
+                put(prepared, name, tensor)
             _unfold_one(prepared, node, norm, f"folded_{index}")
         elif (plain := _norm_of(node)) is not None:
             with graph.inserting_before(node):
@@ -220,7 +238,7 @@ def unfold(prepared: fx.GraphModule) -> None:
     prepared.recompile()
 
 
-def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Have ``tensor`` under ``name``, whose owners may be missing."""
     owner = module
     *path, leaf = name.split(".")
@@ -293,7 +311,7 @@ def settle(prepared: fx.GraphModule) -> dict[str, Tensor]:
     for node in list(graph.nodes):
         called = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
         if "settled" in node.meta:
-            _put(prepared, str(node.args[0].target), nn.Parameter(node.meta["settled"]))
+            put(prepared, str(node.args[0].target), nn.Parameter(node.meta["settled"]))
             node.replace_all_uses_with(node.args[0])
         elif isinstance(called, Renormalised | nn.Dropout):
             node.replace_all_uses_with(node.args[0])

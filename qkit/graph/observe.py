@@ -9,7 +9,13 @@ from torch import Tensor
 
 from qkit.errors import InputError
 from qkit.graph.ao import DerivedQuantizationSpec, ObserverBase, QuantizationSpec
-from qkit.numerics import OBSERVERS, Observer, qparams_from_range
+from qkit.numerics import (
+    OBSERVERS,
+    Observer,
+    choose_qparams,
+    fake_quantize,
+    qparams_from_range,
+)
 from qkit.numerics.histogram import Histogram
 from qkit.numerics.observers import Kind, Mse
 from qkit.spec import Int, PerChannel, QSpec
@@ -41,6 +47,8 @@ class PerChannelRange(ObserverBase):
         self.qscheme, self.ch_axis, self.eps = qscheme, ch_axis, _EPS
         self.observer = Observer(kind, spec, "a tensor of the graph")
         self._watched: Observer | None = None
+        # The answer, and the state that it was found for: some kinds search for it.
+        self._found: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def watch(self) -> None:
         """Keep the distribution of the values too, for reports."""
@@ -72,6 +80,27 @@ class PerChannelRange(ObserverBase):
 
         Raises :class:`~qkit.errors.InputError` where no data came by.
         """
+        state = self.observer.state
+        if self._found is None or self._found[0] is not state:
+            self._found = state, self._answer()
+        return self._found[1]
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """``x`` in the numbers of its spec, with torch's gradient: 1 inside, 0 outside."""
+        if self.is_dynamic:
+            spec = self.observer.spec
+            return fake_quantize(x, choose_qparams(x, spec, name=self.observer.name), spec)
+        scale, zero_point = self.calculate_qparams()
+        zero_point = zero_point.to(torch.int32)
+        if self.ch_axis is not None:
+            return torch.fake_quantize_per_channel_affine(
+                x, scale, zero_point, self.ch_axis, self.quant_min, self.quant_max
+            )
+        return torch.fake_quantize_per_tensor_affine(
+            x, scale, zero_point, self.quant_min, self.quant_max
+        )
+
+    def _answer(self) -> tuple[Tensor, Tensor]:
         if self.observer.state is None:
             raise InputError(
                 "the calibration data reached no value of a tensor, so its range is not known",

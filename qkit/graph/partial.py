@@ -15,16 +15,17 @@ from typing import Any
 from torch import Tensor, fx
 
 from qkit.graph.kinds import decomposed, kind_of
+from qkit.graph.simulate import Bound
 
 
-class Partial(fx.Interpreter):
+class Partial(Bound):
     """Runs ``module`` with the ``layers`` (name -> the name of its node) that are ``active``.
 
     ``outputs`` holds the output of each layer of the last run.
     """
 
     def __init__(self, module: fx.GraphModule, layers: Mapping[str, str]) -> None:
-        super().__init__(module, garbage_collect_values=True)
+        super().__init__(module)
         self.layers = {node: name for name, node in layers.items()}
         self.outputs: dict[str, Tensor] = {}
         self.active: Collection[str] = ()
@@ -35,10 +36,7 @@ class Partial(fx.Interpreter):
         self.active, self.outputs, self._on = active, {}, {}
         for node in self.graph.nodes:
             self._on[node] = self._is_on(node)
-        names = [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
-        free = [name for name in names if name not in kwargs]
-        given = dict(zip(free, args, strict=True)) | dict(kwargs)
-        return self.run(*(given[name] for name in names))
+        return self.call(args, kwargs)
 
     def _is_on(self, node: fx.Node) -> bool:
         """Whether an operator computes with codes: an active layer, or fed by such ones only."""

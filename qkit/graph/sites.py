@@ -9,14 +9,15 @@ from torch import fx
 
 from qkit.graph.dialect import Dialect
 from qkit.graph.kinds import Kind, is_float, kind_of, owner_of, weight_of
-from qkit.spec import Int, PerChannel, PerTensor, Recipe, Scheme
+from qkit.spec import Int, PerChannel, PerTensor, Recipe, Rule, Scheme
 
 
 @dataclass(frozen=True)
 class Site:
     """One operator with a weight: the ``node`` that calls it, the module ``owner`` of its weight,
     its ``kind``, the full name of the ``weight`` (None: it is computed), the scheme it gets, or the
-    reason why it is left, and how many ``layers`` it computes (an LSTM may have several)."""
+    reason why it is left, how many ``layers`` it computes (an LSTM may have several), and the
+    ``algorithms`` by which its codes are found."""
 
     node: fx.Node
     owner: str
@@ -25,6 +26,7 @@ class Site:
     scheme: Scheme | None
     reason: str | None = None
     layers: int = 1
+    algorithms: tuple[str, ...] = ("rtn",)
 
     @property
     def static(self) -> bool:
@@ -38,7 +40,15 @@ def when(scheme: Scheme) -> str:
 
 
 def rule_scheme(node: fx.Node, kind: Kind, recipe: Recipe) -> tuple[Scheme | None, str]:
-    """What ``recipe`` says of ``node``: a scheme, or the reason to leave it.
+    """What ``recipe`` says of ``node``: a scheme, or the reason to leave it."""
+    rule = rule_of(node, kind, recipe)
+    if rule is None:
+        return None, "no rule of the recipe matches it"
+    return rule.scheme, f"ignored by {rule.match!r}" if rule.scheme is None else ""
+
+
+def rule_of(node: fx.Node, kind: Kind, recipe: Recipe) -> Rule | None:
+    """The rule of ``recipe`` for ``node``.
 
     A rule may name the operator (``Linear`` also for ``F.linear``), or the module that calls it, or
     the module that owns its weight.
@@ -48,10 +58,8 @@ def rule_scheme(node: fx.Node, kind: Kind, recipe: Recipe) -> tuple[Scheme | Non
     names = [(name, module), (name, kind.name)]
     if weight is not None and weight[1] != name:
         names.append((weight[1], kind.name))
-    for rule in recipe.rules:
-        if any(rule.matches(*each) for each in names):
-            return rule.scheme, f"ignored by {rule.match!r}" if rule.scheme is None else ""
-    return None, "no rule of the recipe matches it"
+    rules = (r for r in recipe.rules if any(r.matches(*each) for each in names))
+    return next(rules, None)
 
 
 def find_sites(module: fx.GraphModule, recipe: Recipe, dialect: Dialect) -> list[Site]:
@@ -64,13 +72,15 @@ def find_sites(module: fx.GraphModule, recipe: Recipe, dialect: Dialect) -> list
         weight = weight_of(node)
         owner = weight[1] if weight else owner_of(node)[0]
         scheme, reason = rule_scheme(node, kind, recipe)
+        rule = rule_of(node, kind, recipe)
+        algorithms = ("rtn",) if rule is None else rule.algorithms
         if scheme is not None:
             reason = "its weight is computed" if weight is None else ""
             reason = reason or _obstacle(node, kind, scheme, dialect) or ""
         name = str(weight[0].target) if weight else None
         given = None if reason else scheme
         layers = int(str(node.args[4])) if kind.role == "recurrent" and weight else 1
-        sites.append(Site(node, owner, kind.name, name, given, reason or None, layers))
+        sites.append(Site(node, owner, kind.name, name, given, reason or None, layers, algorithms))
     return sites
 
 

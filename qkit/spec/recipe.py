@@ -25,7 +25,8 @@ class Rule:
 
     match: str
     scheme: Scheme | None
-    algorithm: str = "rtn"  # how the codes are found: a key of qkit.algorithms
+    # How the codes are found: a key of qkit.algorithms, or several joined by ``+``.
+    algorithm: str = "rtn"
 
     def __post_init__(self) -> None:
         if not self.match:
@@ -37,6 +38,11 @@ class Rule:
                 re.compile(self.match[3:])
             except re.error as error:
                 raise UsageError(f"not a regular expression: {error}", got=self.match) from error
+
+    @property
+    def algorithms(self) -> tuple[str, ...]:
+        """The names in ``algorithm``."""
+        return tuple(self.algorithm.split("+"))
 
     def matches(self, name: str, *kinds: str) -> bool:
         """Whether this rule speaks of the module ``name`` that is of one of the classes ``kinds``.

@@ -75,7 +75,8 @@ TARGETS = {
         "model.pt2, an AOTInductor package with int8 kernels of oneDNN, run by torch on x86",
         _int8_expresses,
         "int8-static or int8-dynamic; weights without activations are for --target torch, whose "
-        "layers torch.compile takes",
+        "layers torch.compile takes (torch's operators for them are slower than float ones in "
+        "fp32, and with qkit's own a package would not run without qkit)",
         native=True,
     ),
     "xnnpack": TargetInfo(

@@ -30,7 +30,8 @@ class Converted:
     """What is lowered: the captured float model, the quantized ``module`` (of PT2E, with quantize
     and dequantize operators, or with weights that the target has operators for), and what became of
     each layer of PT2E. ``expected`` layers should run as integers; ``options`` are the target's,
-    ``activations`` the ranges that ``observer`` learnt from ``samples``, where asked for."""
+    ``activations`` the ranges that ``observer`` learnt from ``samples``, where asked for;
+    ``notes`` are remarks on how."""
 
     captured: Captured
     module: fx.GraphModule
@@ -40,6 +41,7 @@ class Converted:
     activations: tuple[ActivationRow, ...] = ()
     samples: int = 0
     observer: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> list[Site]:

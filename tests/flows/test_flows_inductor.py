@@ -239,6 +239,25 @@ def test_schemes_that_inductor_lacks(mlp, scheme, message):
     assert "int8-static or int8-dynamic" in str(caught.value)
 
 
+class Positive(nn.Module):
+    """The mean of a relu before a linear layer: a range far from zero, which must be in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).relu().mean((2, 3)) + 1)
+
+
+def test_dynamic_ranges_contain_zero(tmp_path, same_process):
+    """Inductor's own form of the operator does not see to that: pytorch/ao issue 4292."""
+    x = torch.randn(4, 3, 9, 9)
+    report = lower(Positive().eval(), "int8-dynamic", tmp_path / "out", target="inductor", calib=x)
+    assert report.coverage["integer_layers"] == 1
+    assert report.verification["max_rel_error"] < 1e-5
+
+
 def test_dynamic_convolutions_are_left_with_the_alternative():
     x = torch.randn(4, 1, 8, 8)
     report = lower(ResNet().eval(), "int8-dynamic", None, target="inductor", calib=x)

@@ -19,8 +19,10 @@ from qkit.flows import inspect, lower, lower_file, verify
 from qkit.flows.data import Data
 from qkit.flows.demo import Digits, accuracy, load_digits, train
 from qkit.flows.lower_file import parse_dims
+from qkit.flows.qat import Qat
 from qkit.flows.quantize import Request
 from qkit.flows.runtime import judge
+from qkit.flows.train import labelled
 from qkit.report import Report, package_version
 from qkit.spec import Recipe, Rule, parse
 from qkit.targets.artifact import CHECK
@@ -253,8 +255,15 @@ def test_unknown_options(mlp):
             lower(mlp, "int8-static", None, calib=x, options=options)
     with pytest.raises(errors.UsageError, match="PT2E"):
         lower(mlp, "int8-static", None, calib=x, target="torch")
-    with pytest.raises(errors.UsageError, match="nearest"):
-        lower(mlp, "int8-static", None, calib=x, algorithm="gptq")
+    with pytest.raises(errors.UsageError, match="training finds"):
+        lower(
+            mlp,
+            "int8-qat",
+            None,
+            calib=x,
+            algorithm="gptq",
+            qat=Qat(labelled(x, torch.zeros(2, dtype=torch.int64))),
+        )
 
 
 def test_dimensions_on_the_command_line():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,8 @@ from qkit.flows.pt2e import resolve
 from qkit.flows.qat import Qat, Tuned, train_quantized, trained_scheme
 from qkit.flows.train import TrainOptions, labelled
 from qkit.graph import DIALECTS
-from qkit.graph.fake import PerChannelFake
+from qkit.graph.annotate import annotation
+from qkit.graph.fake import PerChannelFake, PerChannelLearned
 from qkit.report import Report
 from qkit.spec import Int, PerChannel, PerTensor, QSpec
 from qkit.targets.backend import backend
@@ -154,7 +156,7 @@ def test_the_float_model_teaches(digits):
 def test_four_bits_by_a_quantizer_of_ones_own(digits):
     """No runtime here has such kernels, but what is converted is what was trained (stack-wide, the
     default fake quantizer differs by 15 dB in four bits)."""
-    from qkit.graph.annotate import Quantizer, annotate_node, annotation
+    from qkit.graph.annotate import Quantizer, annotate_node
     from qkit.graph.kinds import kind_of
 
     weight = annotation(QSpec(Int(4, narrow=True), PerChannel(0)), "minmax", PerChannelFake)
@@ -211,3 +213,76 @@ def test_a_network_from_scratch(digits):
         dialect=DIALECTS["xnnpack"],
     )
     assert tuned.metrics["accuracy"]["float"] < 40 < 85 < tuned.metrics["accuracy"]["trained int8"]
+
+
+def test_steps_are_learnt_and_are_what_is_deployed(digits, tmp_path):
+    torch.manual_seed(1)
+    model = Small()
+    train_float(model, digits, epochs=1)
+    tuned = {lsq: small(digits, model, lsq=lsq) for lsq in (False, True)}
+    assert tuned[True].identity_db is None or tuned[True].identity_db > 100
+    steps = {lsq: scales(each.converted.module) for lsq, each in tuned.items()}
+    assert len(steps[True]) == len(steps[False]) == 3
+    # A step that is trained follows neither the greatest weight nor the observed range.
+    assert all(a != b for a, b in zip(steps[True], steps[False], strict=True))
+    # Checkpoints hold the steps.
+    with pytest.raises(KeyboardInterrupt):
+        train_quantized(
+            model,
+            resolve("int8-static", ()),
+            Qat(
+                labelled(digits.train_x[:160], digits.train_y[:160]),
+                options=replace(FEW, save_seconds=0),
+                folder=tmp_path,
+                lsq=True,
+            ),
+            dialect=DIALECTS["onnx"],
+            progress=interrupt,
+        )
+    again = small(digits, model, folder=tmp_path, resume=True, lsq=True)
+    assert same(again.converted.module, tuned[True].converted.module)
+
+
+def scales(module: fx.GraphModule) -> list[float]:
+    """The steps of the activations of a converted program, in order."""
+    nodes = (n for n in module.graph.nodes if "quantize_per_tensor" in str(n.target))
+    return [float(n.args[1]) for n in nodes if "dequantize" not in str(n.target)]
+
+
+def test_learnt_steps_follow_the_gradient():
+    """Towards the step of least error, from one that clips and from one that is too coarse."""
+    spec = QSpec(Int(4, narrow=True), PerTensor())
+    made = annotation(spec, "minmax", PerChannelLearned).observer_or_fake_quant_ctr
+    x = torch.randn(4000)
+
+    def error(step: float) -> float:
+        codes = (x / step).round().clamp(-7, 7)
+        return float((codes * step - x).square().mean())
+
+    best = min((0.05 + 0.002 * i for i in range(400)), key=error)
+    for start in (0.3 * best, 3 * best):
+        fake = made(dtype=torch.int8, quant_min=-7, quant_max=7, qscheme=torch.per_tensor_symmetric)
+        fake(torch.tensor([7 * start, -7 * start]))
+        fake.learn()
+        adam = torch.optim.Adam(fake.parameters(), lr=0.02)
+        for _ in range(200):
+            adam.zero_grad()
+            (fake(x) - x).square().mean().backward()
+            adam.step()
+        assert error(float(fake.calculate_qparams()[0])) < 1.05 * error(best)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="Inductor's are for x86")
+def test_trained_for_inductor_and_run_there(resnet, digits, tmp_path):
+    """The compiled package, loaded in its own runtime in a fresh process, is what was trained."""
+    out = tmp_path / "out"
+    report = lower(resnet, "int8-qat", out, target="inductor", qat=qat(digits, lsq=True))
+    assert report.verification["fresh_process"]
+    assert report.coverage["integer_layers"] == report.coverage["integer_layers_expected"] == 6
+    identity = report.training["identity_db"]
+    assert identity is None or identity > 100
+    session = backend("inductor").load(out / "model.pt2", 1)
+    right = 100 * float(
+        (session((digits.test_x,), {})[0].argmax(1) == digits.test_y).float().mean()
+    )
+    assert right >= accuracy(resnet, digits) - 0.3

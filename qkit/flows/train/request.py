@@ -28,6 +28,7 @@ class TrainRequest:
     temperature: float = 2.0
     freeze_ranges: int | None = None
     freeze_norms: int | None = None
+    lsq: bool = False
 
     def folder(self, output: Path) -> Path:
         """Where the run keeps its checkpoints, for the artifact ``output``."""

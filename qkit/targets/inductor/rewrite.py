@@ -9,6 +9,12 @@ Rows that are not one behind the other (of a transposed tensor, of an LSTM's out
 layer becomes a batched product, whose pattern fails on sizes that are symbols
 (``_is_valid_dequant_linear_pattern`` in ``torch/_inductor/fx_passes/quantization.py``:
 "torch.Size() takes an iterable of 'int'"). So they are copied.
+
+Ranges that are taken at each call. Inductor's own form of ``choose_qparams``
+(``choose_qparams_tensor`` in ``torch/_inductor/decomposition.py``) does not widen them to contain
+zero, as the operator does, so that values that are all positive, such as the means of relus before
+a classifier, are clipped. Its operand is replaced by the ends of the widened range, of which both
+make the same.
 """
 
 from __future__ import annotations
@@ -20,8 +26,9 @@ from torch import fx
 from torch.nn.functional import pad
 
 from qkit.graph import clean
-from qkit.graph.kinds import attribute, kind_of
+from qkit.graph.kinds import attribute, decomposed, kind_of
 
+_CHOOSE = "choose_qparams"
 _PAD, _CONTIGUOUS = torch.ops.aten.constant_pad_nd.default, torch.ops.aten.contiguous.default
 
 
@@ -40,6 +47,9 @@ def rewritten(module: fx.GraphModule) -> fx.GraphModule:
             _copy_rows(module.graph, quantized)
         elif attribute(module, codes).shape[1] == 1 and node.args[6:7] in ((), (1,)):
             _add_channel(module, node)
+    for node in list(module.graph.nodes):
+        if decomposed(node) == _CHOOSE:
+            _contain_zero(module.graph, node)
     return clean(module)
 
 
@@ -56,6 +66,17 @@ def _copy_rows(graph: fx.Graph, quantized: fx.Node) -> None:
     for params in quantized.all_input_nodes:  # of a range that is taken at each call
         for chosen in params.all_input_nodes if params is not copied else ():
             chosen.replace_input_with(x, copied)
+
+
+def _contain_zero(graph: fx.Graph, choose: fx.Node) -> None:
+    """Give ``choose`` the ends of the range of its operand, widened to contain zero."""
+    x, ops = choose.args[0], torch.ops.aten
+    with graph.inserting_before(choose):
+        low, high = (graph.call_function(f.default, (x,)) for f in (ops.amin, ops.amax))
+        low = graph.call_function(ops.clamp_max.default, (low, 0.0))
+        high = graph.call_function(ops.clamp_min.default, (high, 0.0))
+        ends = graph.call_function(ops.stack.default, ([low, high],))
+    choose.args = (ends, *choose.args[1:])
 
 
 def _add_channel(module: fx.GraphModule, node: fx.Node) -> None:
