@@ -81,7 +81,7 @@ def test_what_sleeps_longer_is_slower(rows):
     for batch in (1, 3):
         timing = rows["slow"].timing(batch, 1)
         assert timing.speed.verdict == "slower"
-        assert 0.2 < timing.speed.ratio < 0.6
+        assert 0.2 < timing.speed.ratio < 0.9
         assert timing.median >= 6.0
         assert timing.speed.low <= timing.speed.ratio <= timing.speed.high < 1
 
@@ -108,7 +108,7 @@ def test_figures_belong_together(report, rows):
             assert timing.throughput == pytest.approx(1e3 * timing.batch / timing.median, rel=1e-3)
             assert (timing.speed is None) == (name == "base")
         assert row.load_ms > 0
-        assert row.cold_start_ms >= 2.0
+        assert row.cold_start_ms >= (0.2 if name == "noisy" else 2.0)  # what it sleeps at least
         assert 20 << 20 < row.base_memory_bytes <= row.peak_memory_bytes
         assert row.runtime == f"torch {torch.__version__}, eager"
     assert report.inputs["shapes"] == {"0": "float32 4x12"}
