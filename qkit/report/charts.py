@@ -79,9 +79,11 @@ def _name(table: Table, name: str) -> dict[str, Any]:
 
 
 def _group(table: Table, name: str) -> dict[str, Any]:
-    """A channel that tells groups apart, in the same way in all charts of the table: also where a
-    group has nothing to draw."""
-    groups = dict.fromkeys(row[table.index(name)] for row in table.rows)
+    """A channel that tells groups apart, in the same way in all charts of the table: its scale has
+    every group that one of them draws."""
+    drawn = [table.index(chart.x) for chart in table.charts]
+    rows = [row for row in table.rows if any(_drawable(row[x], "") for x in drawn)]
+    groups = dict.fromkeys(row[table.index(name)] for row in rows)
     return _name(table, name) | {"scale": {"domain": list(groups)}}
 
 

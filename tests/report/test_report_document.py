@@ -120,7 +120,7 @@ def test_a_group_has_one_colour_in_all_charts():
     table = Table(
         "t",
         (Column("name"), Column("a", "number"), Column("b", "number")),
-        (("x", 1, "exact"), ("y", 2, 3)),
+        (("x", 1, "exact"), ("y", 2, 3), ("z", "", "")),
         charts=(Chart("points", "c", "a", "a", "name"), Chart("points", "c", "a", "b", "name")),
     )
     drawn = [vega_lite(table, chart) for chart in table.charts]

@@ -15,7 +15,3 @@ for (const element of document.querySelectorAll(".chart")) {
     (error) => console.error(error),
   );
 }
-// On paper nothing can be unfolded.
-window.addEventListener("beforeprint", () => {
-  for (const each of document.querySelectorAll("main details")) each.open = true;
-});
