@@ -191,12 +191,12 @@ def measured(name: str, case: Case) -> Iterator[dict[str, Any]]:
         yield line("dynamic", sqnr(reference, done.module(x)))
     except QkitError as error:
         yield line("dynamic", None, reason=error.problem)
-    for name in ALGORITHMS:
-        for observer in ("minmax", "mse") if name == ALGORITHMS[-1] else ("minmax",):
-            recipe = Recipe.simple(parse("int8-static"), algorithm=name)
+    for algorithm in ALGORITHMS:
+        for observer in ("minmax", "mse") if algorithm == ALGORITHMS[-1] else ("minmax",):
+            recipe = Recipe.simple(parse("int8-static"), algorithm=algorithm)
             done = convert(model, recipe, data, observer=observer)
             value = sqnr(reference, done.module(x))
-            yield line(f"{observer}, {name}", value, algorithm=name)
+            yield line(f"{observer}, {algorithm}", value, algorithm=algorithm)
     yield from goal(model, data, x, reference, line)
 
 
