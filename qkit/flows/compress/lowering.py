@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qkit.errors import UsageError
+from qkit.flows.algorithm import AUTO, resolve_algorithm
 from qkit.flows.check import inputs_of
 from qkit.flows.compress.given import (
     Given,
@@ -22,7 +23,6 @@ from qkit.flows.compress.kinds import StepKind, Written
 from qkit.flows.lower import check_request, known_target, lower, requested
 from qkit.flows.lower_float import check_float, lower_float
 from qkit.flows.qat import Qat
-from qkit.flows.quantize import AUTO, resolve_algorithm
 from qkit.graph.sites import when
 from qkit.models import Source, leading
 from qkit.numerics import OBSERVERS
