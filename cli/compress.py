@@ -57,7 +57,8 @@ def command(
       - factorize: {amount: 0.5}
       - prune: {amount: 0.5}        # sparsify: {amount: 0.9} for single weights
       - train: {epochs: 5}
-      - cluster: {entries: 16}      # or quantize: {scheme: w8a16}
+      - distill: {epochs: 5}        # the model as it was is the teacher
+      - cluster: {entries: 16}      # or quantize: {scheme: w8a16}; qat or export for a runtime
     data: train.npz                 # inputs and labels, or module:function
     val: test.npz
     format: coded                   # or qkit, a folder

@@ -8,6 +8,7 @@ import click
 from qkit.cli.common import (
     architecture_options,
     debug_option,
+    image_option,
     json_option,
     print_result,
     progress_bar,
@@ -39,6 +40,7 @@ from qkit.cli.training import training_options, training_request
     help="The student is the teacher pruned to that share of its parameters.",
 )
 @training_options
+@image_option
 @click.option(
     "--teacher",
     type=click.FloatRange(0, 1),
@@ -93,16 +95,17 @@ def command(
     from qkit.cli.table import print_distillation
 
     from qkit.errors import UsageError
-    from qkit.flows.distill_file import DistillRequest, distill_file
+    from qkit.flows.distill_file import EPOCHS, DistillRequest, distill_file
 
     set_threads(threads)
     talk = not (quiet or as_json)
     training = training_request(
-        options, resume=resume, seed=seed, defaults={"epochs": 20, "lr": 1e-3}
+        options, resume=resume, seed=seed, defaults={"epochs": EPOCHS, "lr": 1e-3}
     )
     if training is None:
         raise UsageError("a student learns from data", fix="--train DATA")
 
+    del options["image"]  # it says how training data are read
     with progress_bar("distilling", enabled=talk) as progress:
         report = distill_file(
             DistillRequest(path=path, training=training, **options),

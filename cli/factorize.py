@@ -38,7 +38,7 @@ from qkit.cli.common import (
     "--conv",
     default="channel",
     show_default=True,
-    help="Factors of convolutions: channel, spatial, tucker, cp or none.",
+    help="Factors of convolutions: channel, spatial, tucker, cp, separable or none.",
 )
 @click.option("-o", "--output", type=click.Path(), help="Folder to write [NAME-factorized].")
 @ignore_option("Leave a layer")

@@ -65,6 +65,12 @@ from qkit.cli.common import (
     help="Also what layer norms and means go over, such as the width of a transformer.",
 )
 @click.option(
+    "--blocks",
+    is_flag=True,
+    help="Whole blocks instead (layers of a transformer, residual blocks), those first without "
+    "which the outputs change least.",
+)
+@click.option(
     "--loss",
     metavar="MODULE:FUNCTION",
     help="For taylor: a function of the model that returns its loss on some data.",

@@ -158,7 +158,7 @@ def print_ledger(ledger: Ledger) -> None:
             f"{size(row.bytes)} ({first.bytes / max(row.bytes, 1):.1f}x)",
             "" if row.multiply_adds is None else f"{row.multiply_adds:,}",
             "" if row.latency_ms is None else f"{row.latency_ms:.3g} ms",
-            *(f"{row.metrics[name]:.4g}" for name in first.metrics),
+            *(f"{row.metrics[n]:.4g}" if n in row.metrics else "" for n in first.metrics),
             f"{row.seconds:.1f} s",
         )
     out.print(table)

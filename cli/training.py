@@ -43,8 +43,9 @@ training_options = options(
     click.option(
         "--train",
         metavar="DATA",
-        help="Data to train with: FILE.npz with the inputs and an array called labels, or "
-        "MODULE:FUNCTION, which returns batches (inputs, labels).",
+        help="Data to train with: FILE.npz with the inputs and an array called labels, a folder "
+        "with a folder of pictures for each class, or MODULE:FUNCTION, which returns batches "
+        "(inputs, labels).",
     ),
     click.option("--val", metavar="DATA", help="Data to choose the best epoch by, like --train."),
     click.option(
@@ -89,6 +90,6 @@ def training_request(
         return None
     from qkit.flows.train import TrainOptions, TrainRequest
 
-    trackers = tuple(rest.pop("trackers"))
+    trackers, image = tuple(rest.pop("trackers")), tuple(given.get("image", ()))
     how = TrainOptions(**defaults | said, seed=seed, trackers=trackers)
-    return TrainRequest(options=how, resume=resume, **rest)
+    return TrainRequest(options=how, resume=resume, image=image, **rest)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -23,9 +24,10 @@ from qkit.flows.train import TrainRequest, scores
 from qkit.models import Inputs, Loaded
 from qkit.report import machine, versions
 from qkit.report.distill import DistillReport
+from qkit.spec import steps_recipe
 from qkit.targets.staging import check_destination
 
-WEIGHT, TEMPERATURE = 0.9, 4.0
+WEIGHT, TEMPERATURE, EPOCHS = 0.9, 4.0, 20
 LAYERS = "layers"
 
 
@@ -77,11 +79,11 @@ def distill_file(
     data, val = training.data(teacher)
     inputs = next(data.epoch(0, 0, training.options.batch_size, shuffle=False)).inputs
     student, made = _student(request, teacher, inputs)
-    folder = training.folder(out)
+    folder, scored = training.folder(out), dict[str, Any](training.scored)
     teaching = Teaching(
         WEIGHT if training.teacher is None else training.teacher,
         training.temperature,
-        _matches(request.match, student, teacher),
+        matches_of(request.match, student, teacher),
         request.teacher_precision,
         folder if request.cache else None,
     )
@@ -92,8 +94,7 @@ def distill_file(
         val=val,
         teaching=teaching,
         options=training.options,
-        loss=training.loss,
-        metric=training.metric,
+        **scored,
         folder=folder,
         resume=training.resume,
         origin={"teacher": given.source.files, "student": _way(request)},
@@ -102,16 +103,14 @@ def distill_file(
     )
     report = DistillReport(
         scheme="distilled",
-        recipe={"step": "distill", "student": _way(request)}
-        | teaching.to_json()
-        | {"loss": training.loss, "options": training.options.to_json()},
+        recipe=_recipe(request, teaching),
         training=done.to_json(),
         versions=versions(),
         machine=machine(),
     )
     models = {"teacher": teacher, "student": student}
     judged = data if val is None else val
-    report.metrics = scores(models, judged, loss=training.loss, metric=training.metric)
+    report.metrics = scores(models, judged, **scored)
     report.before, report.after = ({"params": parameters(each)} for each in models.values())
     report.size_bytes["source"] = tensor_bytes(teacher.state_dict())
     report.remarks += given.source.notes
@@ -162,7 +161,33 @@ def _way(request: DistillRequest) -> dict[str, object]:
     return {name: value for name, value in ways.items() if value is not None}
 
 
-def _matches(texts: tuple[str, ...], student: nn.Module, teacher: nn.Module) -> tuple[Match, ...]:
+def _recipe(request: DistillRequest, teaching: Teaching) -> dict[str, Any]:
+    """What was done, as a recipe: a student by its width is pruned first; one that keeps some
+    layers, or comes from a file, is told as what no step makes."""
+    training, steps = request.training, []
+    rest = {n: v for n, v in training.options.to_json().items() if n not in ("seed", "trackers")}
+    options: dict[str, Any] = {
+        "teacher": teaching.weight,
+        "temperature": teaching.temperature,
+        "match": list(request.match),
+        "teacher_precision": teaching.precision,
+    }
+    if request.width is not None:
+        steps.append({"prune": {"amount": 1 - request.width, "unit": "params"}})
+    else:
+        options["student"] = _way(request)
+    return steps_recipe(
+        *steps,
+        {"distill": options | rest},
+        data=Path(training.train).name,
+        val=training.val and Path(training.val).name,
+        loss=training.loss,
+        metric=training.metric,
+        seed=training.options.seed,
+    )
+
+
+def matches_of(texts: Sequence[str], student: nn.Module, teacher: nn.Module) -> tuple[Match, ...]:
     """``layers`` or ``STUDENT=TEACHER``, each maybe with ``:attention`` behind it."""
     found: list[Match] = []
     for text in texts:

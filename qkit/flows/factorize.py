@@ -25,7 +25,14 @@ from qkit.flows.evaluate import (
     fill_size,
     tensor_bytes,
 )
-from qkit.flows.factors import Wanted, choose_ranks, factors_of, is_matrix, matrix_of
+from qkit.flows.factors import (
+    LEARNING_KINDS,
+    Wanted,
+    choose_ranks,
+    factors_of,
+    is_matrix,
+    matrix_of,
+)
 from qkit.flows.ptq import Plan, check_tensors, copied, opened, plan_layers
 from qkit.flows.quantize import Request, default_output
 from qkit.flows.rows import left_row, notes
@@ -42,7 +49,7 @@ from qkit.numerics import check_finite
 from qkit.packing.store import join
 from qkit.pruning.surgery import EDITS, edits_of
 from qkit.report import LayerRow, Report, tensor_sqnr_db
-from qkit.spec import Recipe, Scheme, parse
+from qkit.spec import Recipe, Scheme, parse, steps_recipe
 from qkit.targets.staging import check_destination
 
 # What stands for "this layer" where plans ask for a scheme.
@@ -66,8 +73,10 @@ def factorize(
     """``model`` with linear layers and convolutions factorized, and the report.
 
     ``nn.Linear`` becomes two layers by a truncated SVD; a convolution becomes ``channel`` (the
-    same, of its flattened weight), ``spatial`` (two dimensions apart), ``tucker`` or ``cp``. With
-    ``calib`` (real inputs), ``svd`` and ``channel`` keep what matters to these inputs. ``amount``
+    same, of its flattened weight), ``spatial`` (two dimensions apart), ``tucker``, ``cp`` or
+    ``separable`` (a depthwise kernel and a 1x1; its rank is the depth multiplier). With
+    ``calib`` (real inputs), ``svd``, ``channel`` and ``separable`` keep what matters to these
+    inputs. ``amount``
     (0.5 where nothing is said) is the share of its parameters that each of those layers loses; with
     ``sensitivity``, it is taken of all of them, where it costs the output least, which is measured
     on the inputs layer by layer. Or each layer keeps the share ``energy`` of its own, or the
@@ -107,7 +116,7 @@ def _factorize(
         scheme,
         f"{scheme}: layers by SVD, convolutions by {wanted.conv}, ranks by {by}",
         "torch",
-        {"version": 1, "steps": [wanted.to_json()]},
+        steps_recipe(wanted.to_json()),
         rows,
     )
     report.coverage["done"] = "factorized"
@@ -181,14 +190,14 @@ def factorize_module(
     weighed = {n: layer for n, layer in chosen.items() if is_matrix(wanted, layer)}
     moments: dict[str, Tensor] = {}
     if calib is not None:
-        whole = {n: layer for n, layer in weighed.items() if wanted.kind_of(layer) != "spatial"}
+        whole = {n: m for n, m in chosen.items() if wanted.kind_of(m) in LEARNING_KINDS}
         for part in passes(whole):
             stats = collect(model, {n: [whole[n]] for n in part}, calib)
             moments |= {n: s.moment[0] for n, s in stats.items() if _seen(s)}
     spectra = {n: spectrum(matrix_of(wanted, m), moments.get(n)) for n, m in weighed.items()}
     ranks = choose_ranks(model, chosen, wanted, spectra, inputs)
     made = {
-        name: factors_of(chosen[name], wanted, found, spectra.get(name))
+        name: factors_of(chosen[name], wanted, found, spectra.get(name), moments.get(name))
         for name, found in ranks.items()
         if found is not None
     }

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from qkit.algorithms.low_rank import Spectrum, cp, pair, tucker, unfolding_spectra
 from qkit.algorithms.ranks import Costs, allocate
+from qkit.algorithms.separable import separable, separable_spectrum
 from qkit.errors import UsageError
 from qkit.flows.evaluate import eval_mode
 from qkit.models import Inputs, run
 from qkit.nn.factorized import CONVOLUTIONS, Factorized, cost, factorize_layer
 from qkit.report import compare
 
-CONVOLUTION_KINDS = ("channel", "spatial", "tucker", "cp", "none")
+CONVOLUTION_KINDS = ("channel", "spatial", "tucker", "cp", "separable", "none")
+# Whose factors keep what data excite, where there are some.
+LEARNING_KINDS = ("svd", "channel", "separable")
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,14 @@ def choose_ranks(
 
 
 def _tensor_ranks(layer: Any, wanted: Wanted) -> tuple[int, ...]:
-    """The ranks of a Tucker or CP decomposition: the largest within the layer's own budget."""
+    """The ranks of factors that are not one matrix's: the largest within the layer's own budget."""
     kind, weight = wanted.kind_of(layer), layer.weight.detach()
+    if kind == "separable":
+        found = separable_spectrum(weight)
+        budget = (1 - (wanted.amount or 0)) * weight.numel()
+        rank = wanted.rank or max(1, int(budget / cost(layer, kind, (1,))))
+        rank = rank if wanted.energy is None else found.rank_of(wanted.energy)
+        return (min(rank, len(found.energy)),)
     spectra = unfolding_spectra(weight)
     full = tuple(len(found.energy) for found in spectra)
     if kind == "cp":
@@ -190,15 +199,22 @@ def _sensitivity(
 
 
 def factors_of(
-    layer: Any, wanted: Wanted, ranks: tuple[int, ...], found: Spectrum | None
+    layer: Any,
+    wanted: Wanted,
+    ranks: tuple[int, ...],
+    found: Spectrum | None,
+    moment: Tensor | None = None,
 ) -> Factorized:
-    """``layer`` as factors of ``ranks``; ``found`` is the spectrum of its matrix, if it is one."""
+    """``layer`` as factors of ``ranks``; ``found`` is the spectrum of its matrix, if it is one,
+    ``moment`` that of its inputs, where they are known."""
     kind, weight = wanted.kind_of(layer), layer.weight.detach()
     if found is not None:
         first, last = pair(matrix_of(wanted, layer), found, ranks[0])
         if kind == "spatial":  # [out * kw, r] -> [out, r, 1, kw]
             last = last.unflatten(0, (weight.shape[0], -1)).transpose(1, 2)
         return factorize_layer(layer, kind, (first, last), ranks)
+    if kind == "separable":
+        return factorize_layer(layer, kind, separable(weight, ranks[0], moment), ranks)
     if kind == "tucker":
         return factorize_layer(layer, kind, tucker(weight, (ranks[0], ranks[1])), ranks)
     last, first, *middle = cp(weight, ranks[0])

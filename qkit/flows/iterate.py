@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from torch import nn
@@ -11,7 +13,9 @@ from torch import nn
 from qkit.errors import BudgetError, QkitError, UsageError
 from qkit.flows.evaluate import AnyInputs, as_inputs, eval_mode, few, fill_cost
 from qkit.flows.prune import fill_error, fill_speed, prune
+from qkit.flows.sparsify import sparsify
 from qkit.models import infer, run
+from qkit.pruning.masks import Masks
 from qkit.pruning.plan import check_amount
 from qkit.report.pruning import PruneReport
 
@@ -23,21 +27,115 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "geometric": lambda t, amount: 1 - (1 - amount) ** t,
 }
 _UNITS = ("macs", "params", "bytes")
+Tune = Callable[[nn.Module], object]
+Evaluate = Callable[[nn.Module], float]
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """In how many ``steps``, by which ``schedule`` (:data:`SCHEDULES`), and what is good enough: a
+    metric of at least ``floor``, or at most ``drop`` below that of the start."""
+
+    steps: int = 5
+    schedule: str = "geometric"
+    drop: float | None = None
+    floor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.schedule not in SCHEDULES:
+            raise UsageError(
+                "no such schedule",
+                got=f"{self.steps} steps, {self.schedule}",
+                wanted=", ".join(SCHEDULES),
+            )
+        if self.drop is not None and self.floor is not None:
+            raise UsageError("give drop or floor, not both")
+
+    def goal(self, step: int, amount: float) -> float:
+        """The share that is removed after ``step``."""
+        return SCHEDULES[self.schedule](step / self.steps, amount)
+
+    def least(self, at_start: float) -> float | None:
+        """What the metric must be."""
+        return self.floor if self.drop is None else at_start - self.drop
+
+
+@dataclass(frozen=True)
+class Followed:
+    """The ``model`` after the last good step, how many of them removed something, the ``least``
+    metric that was asked for, and a row of the ``history`` for each step."""
+
+    model: nn.Module
+    good: int
+    least: float | None
+    history: list[dict[str, Any]]
+
+
+def follow(
+    model: nn.Module,
+    amount: float,
+    how: Steps,
+    remove: Callable[[nn.Module, float], tuple[nn.Module, float] | None],
+    *,
+    tune: Tune,
+    evaluate: Evaluate,
+    told: Told,
+) -> Followed:
+    """``remove(model, share)`` a growing share of what there was at the start, ``tune`` what comes
+    out, ``evaluate`` it, until a step is not good or cannot be made.
+
+    ``remove`` gives the smaller model and the share that is gone; None where as much was gone
+    before. Raises :class:`~qkit.errors.BudgetError` if not even the first step is good.
+    """
+    with eval_mode(model):
+        at_start = float(evaluate(model))
+    least, good, metric = how.least(at_start), 0, at_start
+    history: list[dict[str, Any]] = [{"step": 0, "removed": 0.0, "metric": at_start, "good": True}]
+    for step in range(1, how.steps + 1):
+        try:
+            made = remove(model, how.goal(step, amount))
+        except QkitError as error:
+            if not good:
+                raise
+            history.append({"step": step, "good": False, "reason": error.problem})
+            break
+        if made is None:  # rounding went further than this already
+            continue
+        smaller, removed = made
+        tune(smaller)
+        smaller.eval()
+        metric = float(evaluate(smaller))
+        is_good = least is None or metric >= least
+        history.append({"step": step, "removed": removed, "metric": metric, "good": is_good})
+        told(f"step {step}: {removed:.1%} removed, metric {metric:g}")
+        if not is_good:
+            break
+        model, good = smaller, good + 1
+    if not good:
+        raise BudgetError(
+            "the model is not good enough even after the first step",
+            got=metric,
+            wanted=f"at least {least}",
+            fix="more steps, a longer tune, a smaller amount, or a lower floor",
+        )
+    return Followed(model, good, least, history)
 
 
 def prune_iteratively(
     model: nn.Module,
     inputs: AnyInputs | None = None,
     *,
-    tune: Callable[[nn.Module], object],
-    evaluate: Callable[[nn.Module], float],
+    tune: Tune,
+    evaluate: Evaluate,
     amount: float = 0.8,
     steps: int = 5,
     schedule: str = "geometric",
     drop: float | None = None,
     floor: float | None = None,
     unit: str = "macs",
-    told: Callable[[str], None] = lambda text: None,
+    latency: bool = True,
+    told: Told = lambda text: None,
     **options: Any,
 ) -> tuple[nn.Module, PruneReport]:
     """Prune ``model`` in ``steps``, and train it after each: ``tune(model)``, in place.
@@ -56,77 +154,100 @@ def prune_iteratively(
     """
     start = time.perf_counter()
     check_amount(amount)
-    if steps < 1 or schedule not in SCHEDULES:
-        raise UsageError(
-            "no such schedule", got=f"{steps} steps, {schedule}", wanted=", ".join(SCHEDULES)
-        )
+    how = Steps(steps, schedule, drop, floor)
+    check_unit(unit)
+    given = infer(model) if inputs is None else as_inputs(inputs)
+    if given is None:
+        raise UsageError("no inputs are known to trace the model with", fix="inputs=")
+    reports: list[PruneReport] = []
+
+    def remove(good: nn.Module, goal: float) -> tuple[nn.Module, float] | None:
+        share = goal
+        if reports:
+            share = 1 - (1 - goal) * reports[0].before[unit] / reports[-1].after[unit]
+        if share <= 0:
+            return None
+        smaller, found = prune(good, given, amount=share, unit=unit, latency=False, **options)
+        reports.append(found)
+        return smaller, round(1 - found.after[unit] / reports[0].before[unit], 4)
+
+    done = follow(model, amount, how, remove, tune=tune, evaluate=evaluate, told=told)
+    report = reduce(_since, reports[: done.good])
+    report.history = done.history
+    report.scheme = f"pruned {amount:g} of {unit} in {steps} steps"
+    report.recipe["steps"][0]["prune"] |= {
+        "amount": amount, "steps": steps, "schedule": schedule, "floor": done.least,
+    }  # fmt: skip
+    sample = few(given)
+    assert sample is not None
+    with eval_mode(model):
+        fill_error(report, run(model, sample), done.model, sample)
+        if latency:
+            fill_speed(report, model, done.model, sample)
+    fill_cost(report, start)
+    return done.model, report
+
+
+def check_unit(unit: str) -> None:
+    """Raise :class:`~qkit.errors.UsageError` for a unit that steps cannot be taken by."""
     if unit not in _UNITS:
         raise UsageError(
             "steps are by what can be counted", got=repr(unit), wanted=", ".join(_UNITS)
         )
-    if drop is not None and floor is not None:
-        raise UsageError("give drop or floor, not both")
-    given = infer(model) if inputs is None else as_inputs(inputs)
-    if given is None:
-        raise UsageError("no inputs are known to trace the model with", fix="inputs=")
-    with eval_mode(model):
-        at_start = float(evaluate(model))
-    least = floor if drop is None else at_start - drop
-    good, whole, report = model, 0, None
-    history: list[dict[str, Any]] = [{"step": 0, "removed": 0.0, "metric": at_start, "good": True}]
-    for step in range(1, steps + 1):
-        goal = SCHEDULES[schedule](step / steps, amount)
-        now = report.after[unit] if report else 0
-        share = goal if not report else 1 - (1 - goal) * whole / now
-        if share <= 0:  # rounding went further than this already
-            continue
-        try:
-            smaller, found = prune(good, given, amount=share, unit=unit, latency=False, **options)
-        except QkitError as error:
-            if report is None:
-                raise
-            history.append({"step": step, "good": False, "reason": error.problem})
-            break
-        whole = whole or found.before[unit]
-        tune(smaller)
-        smaller.eval()
-        metric = float(evaluate(smaller))
-        is_good = least is None or metric >= least
-        removed = round(1 - found.after[unit] / whole, 4)
-        history.append({"step": step, "removed": removed, "metric": metric, "good": is_good})
-        told(f"step {step}: {removed:.1%} of {unit} removed, metric {metric:g}")
-        if not is_good:
-            break
-        good, report = smaller, _since(report, found)
-    if report is None:
-        raise BudgetError(
-            "the model is not good enough even after the first step",
-            got=history[-1].get("metric"),
-            wanted=f"at least {least}",
-            fix="more steps, a longer tune, a smaller amount, or a lower floor",
-        )
-    report.history = history
-    report.scheme = f"pruned {amount:g} of {unit} in {steps} steps"
-    report.recipe |= {"amount": amount, "steps": steps, "schedule": schedule, "floor": least}
-    sample = few(given)
-    assert sample is not None
-    with eval_mode(model):
-        fill_error(report, run(model, sample), good, sample)
-        fill_speed(report, model, good, sample)
-    fill_cost(report, start)
-    return good, report
 
 
-def _since(first: PruneReport | None, last: PruneReport) -> PruneReport:
+def check_share(amount: object) -> None:
+    """Raise :class:`~qkit.errors.UsageError` for what zeros cannot be added towards in steps."""
+    if isinstance(amount, str):
+        raise UsageError("steps go towards a share of the weights, not a pattern", got=amount)
+    check_amount(amount)  # type: ignore[arg-type]
+
+
+def _since(first: PruneReport, last: PruneReport) -> PruneReport:
     """``last``, counted from what the ``first`` one began with."""
-    if first is not None:
-        last.before = first.before
-        last.ratio = {k: round(last.after[k] / max(first.before[k], 1), 4) for k in last.before}
-        last.remarks = list(dict.fromkeys([*first.remarks, *last.remarks]))
-        last.size_bytes = first.size_bytes
-        units = {row.name: row.units for row in first.groups}
-        last.groups = [
-            type(row)(row.name, units.get(row.name, row.units), row.kept, row.rows)
-            for row in last.groups
-        ]
+    last.before = first.before
+    last.ratio = {k: round(last.after[k] / max(first.before[k], 1), 4) for k in last.before}
+    last.remarks = list(dict.fromkeys([*first.remarks, *last.remarks]))
+    last.size_bytes = first.size_bytes
+    units = {row.name: row.units for row in first.groups}
+    last.groups = [
+        type(row)(row.name, units.get(row.name, row.units), row.kept, row.rows)
+        for row in last.groups
+    ]
     return last
+
+
+def sparsify_iteratively(
+    model: nn.Module,
+    amount: float = 0.9,
+    *,
+    tune: Tune,
+    evaluate: Evaluate,
+    steps: int = 5,
+    schedule: str = "cubic",
+    drop: float | None = None,
+    floor: float | None = None,
+    told: Told = lambda text: None,
+    **options: Any,
+) -> tuple[nn.Module, Masks, list[dict[str, Any]]]:
+    """:func:`qkit.sparsify` in ``steps``, with ``tune(model)`` after each, while which the zeros
+    are held (Han et al. 2015; the schedule of Zhu and Gupta 2017, arXiv 1710.01878).
+
+    What is good, and where it stops, is said at :func:`prune_iteratively`; ``options`` are those of
+    :func:`qkit.sparsify`. Returns the model, its masks and the history.
+    """
+    check_share(amount)
+    how = Steps(steps, schedule, drop, floor)
+    found: list[Masks] = []
+
+    def remove(good: nn.Module, goal: float) -> tuple[nn.Module, float]:
+        smaller, masks = sparsify(good, goal, **options)
+        found.append(masks)
+        return smaller, round(1 - masks.density, 4)
+
+    def held(smaller: nn.Module) -> None:
+        with found[-1].hold(smaller):
+            tune(smaller)
+
+    done = follow(model, amount, how, remove, tune=held, evaluate=evaluate, told=told)
+    return done.model, found[done.good - 1], done.history

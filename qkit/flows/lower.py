@@ -110,7 +110,7 @@ def lower(
     out = None if path is None else Path(path)
     if out is not None:
         check_destination(out, overwrite=overwrite)
-    _check_floats(model, target)
+    check_floats(model, target)
     if calib is None:
         if qat is None:
             raise UsageError("there are no inputs to capture the model with", fix="give calib")
@@ -204,7 +204,8 @@ def known_target(target: str) -> str:
     return target
 
 
-def _check_floats(model: nn.Module, target: str) -> None:
+def check_floats(model: nn.Module, target: str) -> None:
+    """Raise :class:`~qkit.errors.RequestError` for a model in another type than fp32."""
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
     if kinds:
         raise RequestError(

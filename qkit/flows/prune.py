@@ -20,12 +20,14 @@ from qkit.flows.source import module_of, open_source, request_inputs
 from qkit.models import Inputs, infer, resolve_callable, run
 from qkit.nn import open_modules, opening
 from qkit.nn.computed import detached
+from qkit.pruning.blocks import prune_blocks
 from qkit.pruning.importance import Loss
 from qkit.pruning.plan import ROUND_TO, Limits
 from qkit.pruning.structured import Pruned, prune_channels
 from qkit.pruning.structured import Request as Wanted
 from qkit.report import compare, machine, measure, versions
 from qkit.report.pruning import GroupRow, PruneReport
+from qkit.spec import steps_recipe
 from qkit.targets.staging import check_destination
 
 
@@ -41,6 +43,7 @@ def prune(
     round_to: int = ROUND_TO,
     per_layer: bool = False,
     through_norms: bool = False,
+    blocks: bool = False,
     loss: Loss | None = None,
     seed: int = 0,
     in_place: bool = False,
@@ -54,8 +57,10 @@ def prune(
     with all that belongs to them in other layers. ``inputs`` are what the model is traced and
     timed with; inferred if they can be. ``ignore`` names modules whose outputs stay. Of each group
     at least ``keep`` units stay, in multiples of ``round_to`` rows; ``per_layer`` takes the same
-    share everywhere. ``through_norms``: see :class:`qkit.pruning.structured.Request`. ``model`` is
-    not changed unless ``in_place``.
+    share everywhere. ``through_norms``: see :class:`qkit.pruning.structured.Request`. With
+    ``blocks``, whole blocks go instead (layers of a transformer, residual blocks), those first
+    without which the outputs change least (:mod:`qkit.pruning.blocks`). ``model`` is not changed
+    unless ``in_place``.
 
     Raises :class:`~qkit.errors.UsageError` for wrong options,
     :class:`~qkit.errors.InputError` for a model that cannot be traced,
@@ -64,7 +69,7 @@ def prune(
     """
     start = time.perf_counter()
     limits = Limits(keep, round_to, per_layer)
-    wanted = Wanted(amount, unit, importance, limits, ignore, through_norms, loss, seed)
+    wanted = Wanted(amount, unit, importance, limits, ignore, through_norms, loss, seed, blocks)
     given = infer(model) if inputs is None else as_inputs(inputs)
     return _prune(model, given, wanted, in_place=in_place, latency=latency, start=start)
 
@@ -85,9 +90,10 @@ def _prune(
     inputs = few(inputs)
     assert inputs is not None
     with eval_mode(model):
-        model = _opened(model, in_place=in_place)
+        model = model if wanted.blocks else _opened(model, in_place=in_place)
         reference = run(model, inputs)
-        result = prune_channels(model, inputs, wanted, in_place=in_place)
+        cut = prune_blocks if wanted.blocks else prune_channels
+        result = cut(model, inputs, wanted, in_place=in_place)
         pruned = result.model.eval()
         report = _report(result, wanted)
         fill_error(report, reference, pruned, inputs)
@@ -134,16 +140,16 @@ def _report(result: Pruned, wanted: Wanted) -> PruneReport:
 
 
 def recipe_of(wanted: Wanted) -> dict[str, Any]:
-    """The resolved request as plain data: one step of a recipe."""
-    return {
-        "step": "prune",
+    """The resolved request as plain data: a recipe of one step."""
+    options = {
         "amount": wanted.amount,
         "unit": wanted.unit,
         "importance": wanted.importance,
         "ignore": list(wanted.ignore),
         "through_norms": wanted.through_norms,
-        "seed": wanted.seed,
-    } | asdict(wanted.limits)
+        "blocks": wanted.blocks,
+    }
+    return steps_recipe({"prune": options | asdict(wanted.limits)}, seed=wanted.seed)
 
 
 def fill_error(
@@ -183,6 +189,7 @@ class PruneRequest:
     round_to: int = ROUND_TO
     per_layer: bool = False
     through_norms: bool = False
+    blocks: bool = False
     loss: str | None = None
     input: str | None = None
     calib: str | None = None
@@ -214,6 +221,7 @@ def prune_file(
         request.ignore,
         request.through_norms,
         seed=request.seed,
+        blocks=request.blocks,
         loss=None if request.loss is None else resolve_callable(request.loss),  # type: ignore[arg-type]
     )
     out = Path(request.output or default_output(request.path, "pruned"))

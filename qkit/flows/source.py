@@ -14,18 +14,18 @@ from qkit.models import Inputs, Loaded, Source, infer, parse_input_spec, resolve
 from qkit.models import load as load_model
 from qkit.models.exported import modularize
 from qkit.models.loaded import facts_of
+from qkit.spec import steps_of
 from qkit.targets.artifact import META, PROGRAM, Artifact, read_artifact
 from qkit.targets.torch import load as load_artifact
 
 
 def pruned_artifact(path: str | Path) -> Artifact | None:
-    """The artifact at ``path``, if its weights are floats as those of a model are: a pruned, a
-    factorized or a distilled one."""
+    """The artifact at ``path``, if its weights are floats as those of a model are: what steps of a
+    recipe made (pruned, factorized, distilled, trained)."""
     if not (Path(path) / META).is_file():
         return None
     artifact = read_artifact(path)
-    distilled = (artifact.meta.get("recipe") or {}).get("step") == "distill"
-    changed = artifact.edits or artifact.factorized or distilled
+    changed = artifact.edits or artifact.factorized or steps_of(artifact.meta.get("recipe"))
     return artifact if changed and not artifact.layers else None
 
 

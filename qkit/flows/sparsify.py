@@ -29,8 +29,8 @@ METHODS = {
     "wanda": "row",
     "sparsegpt": "layer",
 }
-_LEARNING = ("wanda", "sparsegpt")
-_GRADIENTS = ("snip", "taylor")
+CALIBRATED = ("wanda", "sparsegpt")
+GRADIENTS = ("snip", "taylor")
 Losses = Callable[[nn.Module], Tensor | Iterable[Tensor]]
 
 
@@ -90,7 +90,7 @@ def sparsify(
     if scores is not None:
         method = "scores"
     sparsity = Sparsity.parse(amount, scope or METHODS.get(method, "layer"))
-    for need, given, names in (("calib", calib, _LEARNING), ("loss", loss, _GRADIENTS)):
+    for need, given, names in (("calib", calib, CALIBRATED), ("loss", loss, GRADIENTS)):
         if method in names and given is None:
             raise UsageError(f"the method {method!r} needs {need}=", fix=f"{need}=...")
     if method == "sparsegpt" and sparsity.scope == "global":
@@ -136,7 +136,7 @@ def _masked(
 ) -> tuple[list[_Weight], dict[str, Tensor]]:
     """The weights that the method can judge, and their masks; sparsegpt sets the weights too."""
     found: dict[str, Tensor] = {}
-    if method in _LEARNING:
+    if method in CALIBRATED:
         assert calib is not None
         weights = [w for w in weights if w.kind is not None and w.kind.has_vectors]
         owners = {w.name: w.module for w in weights}
@@ -146,7 +146,7 @@ def _masked(
                 model, {n: [owners[n]] for n in part}, as_inputs(calib)
             ).items():
                 found[name] = _learnt(by_name[name], method, sparsity, stats)
-    elif method in _GRADIENTS:
+    elif method in GRADIENTS:
         assert loss is not None
         with eval_mode(model):
             found = _gradients(weights, model, loss, squared=method == "taylor")

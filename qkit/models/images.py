@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from qkit.errors import InputError, MissingExtraError, UsageError, first_line, n
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 # Pillow's name of what is read, by the word of the option.
 _COLORS = {"rgb": "RGB", "gray": "L"}
+T = TypeVar("T")
 # What Pillow would clip to 8 bits instead of scaling.
 _DEEP = re.compile(r"[IF]")
 
@@ -119,7 +120,7 @@ def image_files(folder: str | Path) -> list[Path]:
     return found
 
 
-def drawn(files: Sequence[Path], count: int) -> list[Path]:
+def drawn(files: Sequence[T], count: int) -> list[T]:
     """``count`` of the ``files`` (or all), in an order that is random but the same each time.
 
     Folders are often sorted by class, so that the first files are all of one.

@@ -1,12 +1,13 @@
 """Layers that are factorized: one linear map as several smaller ones, one after the other.
 
-===========  ======================================================================================
-``svd``      Linear ``in -> r``, Linear ``r -> out``: ``W = B A``
-``channel``  the kernel ``in -> r``, ``1x1`` ``r -> out``: the same, of the flattened weight
-``spatial``  ``kx1`` ``in -> r``, ``1xk`` ``r -> out``
-``tucker``   ``1x1`` ``in -> r_in``, the kernel ``r_in -> r_out``, ``1x1`` ``r_out -> out``
-``cp``       ``1x1`` ``in -> r``, a depthwise layer for each dimension of the kernel, ``1x1`` to out
-===========  ======================================================================================
+=============  ====================================================================================
+``svd``        Linear ``in -> r``, Linear ``r -> out``: ``W = B A``
+``channel``    the kernel ``in -> r``, ``1x1`` ``r -> out``: the same, of the flattened weight
+``spatial``    ``kx1`` ``in -> r``, ``1xk`` ``r -> out``
+``tucker``     ``1x1`` ``in -> r_in``, the kernel ``r_in -> r_out``, ``1x1`` ``r_out -> out``
+``cp``         ``1x1`` ``in -> r``, a depthwise layer for each dimension of it, ``1x1`` to out
+``separable``  a depthwise kernel, ``in -> r in``, ``1x1`` ``r in -> out``; ``r`` is the multiplier
+=============  ====================================================================================
 
 The bias is the last layer's. Stride, padding and dilation go to the layers with the kernel (in
 ``spatial`` and ``cp``, those of each dimension with it).
@@ -22,7 +23,14 @@ from torch import Tensor, nn
 
 Layer = Any  # nn.Linear or a convolution
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-KINDS = {"svd": 1, "channel": 1, "spatial": 1, "tucker": 2, "cp": 1}  # and how many ranks
+KINDS = {
+    "svd": 1,
+    "channel": 1,
+    "spatial": 1,
+    "tucker": 2,
+    "cp": 1,
+    "separable": 1,
+}  # and how many ranks
 
 
 class Factorized(nn.Sequential):
@@ -51,6 +59,10 @@ class Factorized(nn.Sequential):
         if self.kind == "spatial":
             return torch.einsum("orw,rih->oihw", w[1].squeeze(2), w[0].squeeze(3))
         last, first = w[-1].flatten(1), w[0].flatten(1)
+        if self.kind == "separable":
+            kernels = w[0].squeeze(1).unflatten(0, (-1, self.ranks[0]))
+            weights = last.unflatten(1, kernels.shape[:2])
+            return torch.einsum("oir,ir...->oi...", weights, kernels)
         if self.kind == "tucker":
             return torch.einsum("op,pq...,qi->oi...", last, w[1], first)
         terms = last[:, None] * first.T[None]  # [out, in, r]
@@ -83,7 +95,7 @@ def obstacle(layer: nn.Module, kind: str) -> str | None:
         return "pads in another way than with a number of zeros on both sides"
     if kind == "spatial" and type(conv) is not nn.Conv2d:
         return "its kernel does not have two dimensions"
-    if kind in ("spatial", "cp", "tucker") and max(conv.kernel_size) == 1:
+    if kind in ("spatial", "cp", "tucker", "separable") and max(conv.kernel_size) == 1:
         return "has no kernel to separate"
     return None
 
@@ -100,6 +112,8 @@ def cost(layer: Layer, kind: str, ranks: Sequence[int]) -> int:
         return r * (inputs * area + outputs)
     if kind == "spatial":
         return r * (inputs * kernel[0] + outputs * kernel[1])
+    if kind == "separable":
+        return r * inputs * (area + outputs)
     if kind == "tucker":
         out_rank, in_rank = ranks
         return in_rank * inputs + out_rank * in_rank * area + out_rank * outputs
@@ -159,6 +173,13 @@ def _convolutions(
         return [
             conv(inputs, r, layer.kernel_size, bias=False, **whole, **given),
             conv(r, outputs, 1, bias=bias, **given),
+        ]
+    if kind == "separable":
+        return [
+            conv(
+                inputs, r * inputs, layer.kernel_size, groups=inputs, bias=False, **whole, **given
+            ),
+            conv(r * inputs, outputs, 1, bias=bias, **given),
         ]
     if kind == "spatial":
         return [

@@ -54,7 +54,8 @@ class Request:
 
     ``through_norms`` also removes channels that a normalisation or a mean goes over, such as the
     width of a transformer: what is left is then normalised by other statistics. ``loss(model)``
-    is for the importance ``taylor``.
+    is for the importance ``taylor``. ``blocks`` says that whole blocks go instead
+    (:mod:`qkit.pruning.blocks`).
     """
 
     amount: float = 0.5
@@ -65,6 +66,7 @@ class Request:
     through_norms: bool = False
     loss: Loss | None = None
     seed: int = 0
+    blocks: bool = False
 
     def __post_init__(self) -> None:
         check_amount(self.amount)

@@ -20,16 +20,36 @@ EDITS = "structural_edits"
 MAX_SIZE = 1 << 40
 
 
+class Skipped(nn.Module):
+    """What stands in the place of a block that is gone: it gives back the first thing it takes, in
+    a tuple if the block did. Plain attributes, which a model may ask its blocks for, stay."""
+
+    def __init__(self, block: nn.Module, alone: bool) -> None:
+        super().__init__()
+        plain = (bool, int, float, str)
+        for name, value in vars(block).items():
+            if not name.startswith("_") and isinstance(value, plain):
+                setattr(self, name, value)
+        self.alone = alone
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The first argument."""
+        given = args[0] if args else next(iter(kwargs.values()))
+        return (given,) if self.alone else given
+
+
 @dataclass(frozen=True)
 class Edits:
-    """How a model differs from what its class builds: ``shapes`` of tensors by name, and
-    ``attributes`` by the name of their module."""
+    """How a model differs from what its class builds: ``shapes`` of tensors by name, ``attributes``
+    by the name of their module, and blocks that are ``skipped``, with what :class:`Skipped` has to
+    know of each."""
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: dict[str, dict[str, int | tuple[int, ...]]] = field(default_factory=dict)
+    skipped: dict[str, bool] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.shapes)
+        return bool(self.shapes or self.skipped)
 
     def to_json(self) -> dict[str, Any]:
         """These edits as plain data."""
@@ -37,12 +57,19 @@ class Edits:
             name: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
             for name, values in self.attributes.items()
         }
-        return {"shapes": {n: list(s) for n, s in self.shapes.items()}, "attributes": attributes}
+        data = {"shapes": {n: list(s) for n, s in self.shapes.items()}, "attributes": attributes}
+        return data | ({"skipped": dict(self.skipped)} if self.skipped else {})
 
     @staticmethod
     def from_json(data: object) -> Edits:
         """The edits that :meth:`to_json` described, else :class:`~qkit.errors.InputError`."""
-        shapes, attributes = take(data, "structural edits", {"shapes": dict, "attributes": dict})
+        kinds = {"shapes": dict, "attributes": dict}
+        if isinstance(data, dict) and "skipped" in data:
+            kinds["skipped"] = dict
+        shapes, attributes, *more = take(data, "structural edits", kinds)
+        skipped = more[0] if more else {}
+        if not all(type(alone) is bool for alone in skipped.values()):
+            raise InputError("not the blocks that are skipped", got=show(skipped))
         for values in attributes.values():
             if not isinstance(values, dict):
                 raise InputError("not the attributes of a module", got=show(values))
@@ -54,6 +81,7 @@ class Edits:
                 }
                 for name, own in attributes.items()
             },
+            dict(skipped),
         )
 
     def without(self, modules: Iterable[str]) -> Edits:
@@ -62,13 +90,16 @@ class Edits:
         return Edits(
             {name: shape for name, shape in self.shapes.items() if not name.startswith(gone)},
             {n: own for n, own in self.attributes.items() if not f"{n}.".startswith(gone)},
+            self.skipped,
         )
 
     def then(self, later: Edits) -> Edits:
         """These edits and ``later`` ones, as one."""
         names = [*self.attributes, *(n for n in later.attributes if n not in self.attributes)]
         attributes = {n: self.attributes.get(n, {}) | later.attributes.get(n, {}) for n in names}
-        return Edits(self.shapes | later.shapes, attributes)
+        both = Edits(self.shapes | later.shapes, attributes)
+        lost = both.without(later.skipped)
+        return Edits(lost.shapes, lost.attributes, self.skipped | later.skipped)
 
 
 def _sizes(data: object) -> tuple[int, ...]:
@@ -154,6 +185,9 @@ def reshape(model: nn.Module, edits: Edits) -> nn.Module:
     The values of the tensors are not kept; they are empty, on the device where they were. Raises
     :class:`KeyError` with the name of a module, tensor or attribute that the model does not have.
     """
+    for name, alone in edits.skipped.items():
+        if not isinstance(block := _module(model, name), Skipped):
+            model.set_submodule(name, Skipped(block, alone))
     made: dict[int, Tensor] = {}
     for name, shape in edits.shapes.items():
         owner, _, leaf = name.rpartition(".")

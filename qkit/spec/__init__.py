@@ -22,6 +22,8 @@ from qkit.spec.granularity import PerToken as PerToken
 from qkit.spec.qspec import QSpec as QSpec
 from qkit.spec.recipe import Recipe as Recipe
 from qkit.spec.recipe import Rule as Rule
+from qkit.spec.recipe import steps_of as steps_of
+from qkit.spec.recipe import steps_recipe as steps_recipe
 from qkit.spec.scheme import PRESETS as PRESETS
 from qkit.spec.scheme import Scheme as Scheme
 from qkit.spec.scheme import parse as parse

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qkit.errors import InputError, UsageError
 from qkit.spec.plain import from_a_file, show, take
@@ -108,6 +109,27 @@ class Recipe:
             raise InputError("unknown recipe version", got=show(version), wanted=VERSION)
         _, rules = take(data, "recipe", {"version": int, "rules": list})
         return Recipe(tuple(_rule(rule) for rule in rules))
+
+
+def steps_recipe(*steps: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+    """A recipe of steps, ``{name: options}`` each, as plain data, as ``qkit compress`` follows it;
+    ``fields`` that are None are left out."""
+    rest = {name: value for name, value in fields.items() if value is not None}
+    return {"version": VERSION, "steps": [dict(step) for step in steps]} | rest
+
+
+def steps_of(recipe: object) -> list[str]:
+    """The names of the steps of a recipe that an artifact holds; none of one of rules.
+
+    Of old, a single step was ``{"step": name, ...}``.
+    """
+    if not isinstance(recipe, dict):
+        return []
+    if "step" in recipe:
+        return [str(recipe["step"])]
+    steps = recipe.get("steps")
+    each = steps if isinstance(steps, list) else []
+    return [str(name) for step in each if isinstance(step, dict) for name in step]
 
 
 def _rule(data: object) -> Rule:

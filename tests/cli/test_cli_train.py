@@ -50,7 +50,7 @@ def test_training_from_the_command_line(folder, tmp_path, main):
         ((*QAT, "--epochs", "3", "--val", "d.npz"), 2, "--epochs, --val"),
         ((*QAT, "--train", "{}/wrong.npz"), 3, "class numbers are 0 to 9: found 0 to 10"),
         ((*QAT, "--train", "{}/none.npz"), 3, "none.npz"),
-        ((*QAT, "--train", "{}"), 2, "are a folder"),
+        ((*QAT, "--train", "{}"), 3, "does not tell classes"),
         ((*QAT, "--train", "d.npz", "--lr", "-1"), 2, "lr is more than 0"),
         (("--train", "d.npz"), 2, "an option of another target"),
         (("--scheme", "int8-qat"), 2, "scheme"),

@@ -186,7 +186,7 @@ WRONG = [
     ({"steps": [{"quantize": {"algorithm": "gptq"}}]}, "learns from real inputs"),
     ({"steps": [{"sparsify": {"amount": 1.0}}]}, "above 0 and below 1"),
     ({"steps": [{"sparsify": {"amount": "4:2"}}]}, "not a pattern"),
-    ({"steps": [{"sparsify": {"method": "snip"}}]}, "unknown method"),
+    ({"steps": [{"sparsify": {"method": "least"}}]}, "unknown method"),
     ({"steps": ["cluster", "sparsify"]}, "cannot come after 'cluster'"),
     ({"steps": ["train"]}, "no data are named"),
     ({"steps": [{"train": {"epochs": 0}}], "data": "x.npz"}, "epochs is at least 1"),

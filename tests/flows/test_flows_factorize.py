@@ -15,8 +15,12 @@ from torch import nn
 import qkit
 from qkit.errors import CoverageError, InputError, UsageError
 from qkit.flows import Request
+from qkit.flows.demo import accuracy, digits_cnn, load_digits
+from qkit.flows.demo import train as train_digits
+from qkit.flows.distill import Teaching, distill
 from qkit.flows.factorize import factorize_file
 from qkit.flows.factors import Wanted
+from qkit.flows.train import TrainOptions, evaluate, labelled
 from qkit.nn.factorized import Factorized, merged
 from qkit.targets.artifact import META, read_artifact, write_meta
 
@@ -48,7 +52,7 @@ def x() -> torch.Tensor:
     return torch.randn(4, 3, 8, 8)
 
 
-@pytest.mark.parametrize("conv", ["channel", "spatial", "tucker", "cp"])
+@pytest.mark.parametrize("conv", ["channel", "spatial", "tucker", "cp", "separable"])
 def test_the_factors_compute_what_they_merge_to(conv, net, x):
     options = {"amount": 0.4} if conv == "cp" else {"energy": 0.7}
     small, report = qkit.factorize(net, conv=conv, inputs=x, latency=False, **options)
@@ -111,6 +115,49 @@ def test_data_and_sensitivity_help(net, x):
     assert third.error["sqnr_db"] > first.error["sqnr_db"]
     before = copy.deepcopy(net.state_dict())
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+
+
+def test_separable_convolutions_are_depthwise_and_pointwise(net, x):
+    small, report = qkit.factorize(net, conv="separable", rank=1, calib=x, latency=False)
+    kernels, points = small.deep
+    assert (kernels.groups, kernels.weight.shape) == (16, (16, 1, 3, 3))
+    assert (kernels.dilation, points.kernel_size) == ((2, 2), (1, 1))
+    rows = {row.name: row for row in report.layers}
+    assert rows["deep"].algorithm == "separable of what data excite"
+    # What the layers have fewer of is what the model has: both run at the size of the output.
+    assert (
+        report.metrics["multiply-adds"]["after"] < 0.5 * report.metrics["multiply-adds"]["before"]
+    )
+    # On real inputs the fit to them is nearer than that of the weights alone.
+    _, blind = qkit.factorize(net, conv="separable", rank=1, inputs=x, latency=False)
+    assert report.error["sqnr_db"] > blind.error["sqnr_db"]
+
+
+@pytest.mark.usefixtures("same_process")
+def test_separable_convolutions_learn_and_load_again(net, x, tmp_path):
+    small, report = qkit.factorize(net, conv="separable", rank=1, calib=x, latency=False)
+    data = labelled(x, torch.arange(len(x)))
+    options = TrainOptions(epochs=3, lr=1e-3, keep="last")
+    before = evaluate(small, data)["loss"]
+    distill(small, net, data, teaching=Teaching(0.5), options=options)
+    assert evaluate(small, data)["loss"] < before
+    qkit.save(small, tmp_path / "out", inputs=x, report=report)
+    with torch.no_grad():
+        assert torch.equal(qkit.load(tmp_path / "out", into=Net)(x), small(x))
+
+
+def test_distillation_recovers_what_separable_kernels_cost():
+    """Nine tenths of it and more, on digits: measured 97.8 %, 10.2 % at once, 95.8 % behind."""
+    data = load_digits()
+    torch.manual_seed(0)
+    model = digits_cnn()
+    train_digits(model, data, epochs=4)
+    options = {"calib": data.train_x[:256], "ignore": ["Linear"], "latency": False}
+    small, _ = qkit.factorize(model, conv="separable", rank=1, **options)
+    before, at_once = accuracy(model, data), accuracy(small, data)
+    how = TrainOptions(epochs=4, lr=4e-3, keep="last")
+    distill(small, model, labelled(data.train_x, data.train_y), options=how)
+    assert before - accuracy(small, data) <= (before - at_once) / 10
 
 
 @pytest.mark.usefixtures("same_process")

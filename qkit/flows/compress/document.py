@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qkit.flows.compress.ledger import Ledger, Row
+from qkit.flows.compress.steps import STEPS
 from qkit.report.document import Chart, Code, Column, Document, Facts, Table, document, section
 from qkit.report.quantization import bytes_of, provenance
 from qkit.report.sentences import smaller, trust, verified
 from qkit.report.text import as_text, duration
 
 SEPARATE = (
-    "latency in torch eager, each step's when it was done: the rows were not measured side by side"
+    "latency in torch eager (of an exported file in its runtime), each step's when it was done: "
+    "the rows were not measured side by side"
 )
 
 
@@ -46,11 +48,21 @@ def _verdict(ledger: Ledger) -> list[str]:
         said.append("Speed was not measured.")
     else:
         times = f"{duration(first.latency_ms)} -> {duration(last.latency_ms)}"
-        said.append(f"{first.latency_ms / last.latency_ms:.2f}x the speed in torch eager: {times}, "
+        served = last.step in STEPS and STEPS[last.step].write is not None
+        where = (
+            f"({ledger.verification['runtime']} after torch eager)"
+            if served
+            else ("in torch eager")
+        )
+        said.append(f"{first.latency_ms / last.latency_ms:.2f}x the speed {where}: {times}, "
                     "not measured side by side.")  # fmt: skip
-    if first.metrics:
+    if first.metrics and last.metrics:
         said.append(
-            ", ".join(f"{n} {v:.4g} -> {last.metrics[n]:.4g}" for n, v in first.metrics.items())
+            ", ".join(
+                f"{n} {v:.4g} -> {last.metrics[n]:.4g}"
+                for n, v in first.metrics.items()
+                if n in last.metrics
+            )
             + " on the validation data."
         )
     else:
@@ -90,6 +102,6 @@ def _row(number: int, row: Row, first: Row) -> tuple[int | float | str | None, .
         first.bytes / max(row.bytes, 1),
         row.multiply_adds,
         row.latency_ms,
-        *(row.metrics[name] for name in first.metrics),
+        *(row.metrics.get(name) for name in first.metrics),
         row.seconds,
     )

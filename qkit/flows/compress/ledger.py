@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
-from qkit.flows.compress.steps import Given
+from qkit.errors import InputError
+from qkit.flows.compress.given import Given
+from qkit.flows.compress.kinds import Written
 from qkit.flows.compute import multiply_adds
 from qkit.flows.evaluate import eval_mode, for_dtype
-from qkit.flows.train import evaluate
 from qkit.models import run
 from qkit.nn import QLayer
 from qkit.report import machine, measure, versions
@@ -58,18 +58,28 @@ class Ledger:
         return as_text(self.to_json())
 
 
-def row_of(step: str, model: nn.Module, given: Given, size: int, seconds: float) -> Row:
-    """The row of ``model``, which takes ``size`` bytes on disk."""
+def row_of(
+    step: str,
+    model: nn.Module,
+    given: Given,
+    size: int,
+    seconds: float,
+    written: Written | None = None,
+) -> Row:
+    """The row of ``model``, which takes ``size`` bytes on disk; latency and metrics are those of
+    the file that a step has ``written``, in its runtime."""
     parameters, nonzeros = _counts(model)
-    macs = latency = None
-    if given.inputs is not None:
-        macs = multiply_adds(model, given.inputs)
-        inputs = for_dtype(given.inputs, model)
-        with eval_mode(model):
-            times = measure({"": lambda: run(model, inputs)}, seconds=LATENCY_SECONDS)
-        latency = round(times[""].median, 4)
-    scored = given.val
-    metrics: Mapping[str, float] = {} if scored is None else evaluate(model, scored)
+    macs = None if given.inputs is None else multiply_adds(model, given.inputs)
+    metrics: dict[str, float] = {}
+    if written is None:
+        latency, metrics = _latency(model, given), given.figures(model)
+    else:
+        latency = None
+        try:
+            latency = _latency(written.model, given)
+            metrics = given.figures(written.model, written.size)
+        except InputError as error:  # a program of one size of batches takes no other
+            given.told(f"not measured in {written.report.verification['runtime']}: {error}")
     return Row(
         step,
         parameters,
@@ -80,6 +90,16 @@ def row_of(step: str, model: nn.Module, given: Given, size: int, seconds: float)
         {name: round(value, 6) for name, value in metrics.items()},
         round(seconds, 3),
     )
+
+
+def _latency(model: nn.Module, given: Given) -> float | None:
+    """The median of the milliseconds of a call; None where no inputs are known."""
+    if given.inputs is None:
+        return None
+    inputs = for_dtype(given.inputs, model)
+    with eval_mode(model):
+        times = measure({"": lambda: run(model, inputs)}, seconds=LATENCY_SECONDS)
+    return round(times[""].median, 4)
 
 
 def _counts(model: nn.Module) -> tuple[int, int]:

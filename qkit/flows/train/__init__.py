@@ -12,7 +12,7 @@ from qkit.flows.train.request import TrainRequest as TrainRequest
 from qkit.flows.train.samples import Batch as Batch
 from qkit.flows.train.samples import TrainData as TrainData
 from qkit.flows.train.samples import labelled as labelled
-from qkit.flows.train.samples import open_train as open_train
 from qkit.flows.train.samples import stream_of as stream_of
 from qkit.flows.train.score import evaluate as evaluate
 from qkit.flows.train.score import scores as scores
+from qkit.flows.train.sources import open_train as open_train

@@ -54,6 +54,17 @@ def check_data(
         _check_all(data, output, loss)
 
 
+def check_classes(data: TrainData, val: TrainData) -> None:
+    """Raise :class:`~qkit.errors.InputError` where equal targets mean other classes."""
+    if data.classes and val.classes and data.classes != val.classes:
+        raise InputError(
+            "the validation data have other classes than the training data",
+            where=val.origin,
+            got=", ".join(val.classes[:10]),
+            wanted=", ".join(data.classes[:10]),
+        )
+
+
 def _check_all(data: TrainData, output: Any, loss: str | Score) -> None:
     """The targets of all samples in memory against the output of the first ones."""
     outputs = main_output(output)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qkit.errors import InputError, UsageError
 from qkit.flows.ptq import Progress, check_tensors, no_progress
-from qkit.flows.train.check import as_train_data, check_data
+from qkit.flows.train.check import as_train_data, check_classes, check_data
 from qkit.flows.train.checkpoint import (
     BEST,
     LAST,
@@ -103,6 +103,7 @@ def train(
     val = None if val is None else as_train_data(val)
     check_data(model, data, objective or own, None if objective else loss)
     if val is not None:
+        check_classes(data, val)
         check_data(model, val, own, loss)
     with own_randomness(), log_file(_prepared(out, resume), told) as said:
         running = _Run(

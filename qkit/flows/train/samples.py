@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from qkit.errors import InputError, UsageError
+from qkit.errors import InputError
 from qkit.flows.data import tensors_of
 from qkit.flows.evaluate import AnyInputs, as_inputs
-from qkit.models import Inputs, from_npz, leading, resolve_callable
+from qkit.models import Inputs, leading
 
 # The array of an .npz file, or the key of a batch, that holds the targets.
 LABELS = ("labels", "label", "targets", "target", "y")
@@ -58,13 +57,15 @@ class Batch:
 @dataclass(frozen=True)
 class TrainData:
     """``stream(epoch, seed, size, shuffle)`` makes the batches of an epoch, of ``size`` samples if
-    the data do not come in batches already. ``samples`` and ``batches`` where they are known."""
+    the data do not come in batches already. ``samples`` and ``batches`` where they are known;
+    ``classes`` are the names of what the targets number, where the data tell them."""
 
     origin: str
     stream: Callable[[int, int, int, bool], Iterator[Batch]]
     samples: int | None = None
     batches: int | None = None
     in_memory: bool = False
+    classes: tuple[str, ...] | None = None
 
     def length(self, size: int) -> int | None:
         """The number of batches of an epoch, if it is known."""
@@ -98,13 +99,17 @@ def labelled(
     whole = _checked(Batch(given, targets, taught), name)
 
     def stream(epoch: int, seed: int, size: int, shuffle: bool) -> Iterator[Batch]:
-        order = torch.arange(len(whole))
-        if shuffle:
-            order = torch.randperm(len(whole), generator=_generator(seed, epoch))
-        for indices in order.split(size):
+        for indices in order_of(len(whole), epoch, seed, shuffle=shuffle).split(size):
             yield whole.part(indices)
 
     return TrainData(name, stream, samples=len(whole), in_memory=True)
+
+
+def order_of(count: int, epoch: int, seed: int, *, shuffle: bool) -> Tensor:
+    """The order of ``count`` samples in an epoch."""
+    if not shuffle:
+        return torch.arange(count)
+    return torch.randperm(count, generator=_generator(seed, epoch))
 
 
 def stream_of(make: Callable[[], Any], origin: str) -> TrainData:
@@ -141,39 +146,6 @@ def _of_dataset(dataset: Dataset, origin: str) -> TrainData:
             yield as_batch(given, origin)
 
     return TrainData(origin, stream, samples=len(dataset))  # type: ignore[arg-type]
-
-
-def open_train(text: str, model: torch.nn.Module | None = None) -> TrainData:
-    """The data that ``--train`` names: ``FILE.npz`` with the inputs and an array of
-    :data:`LABELS`, or ``module:function``, as in :func:`stream_of`.
-
-    Raises what :func:`qkit.models.from_npz` raises, and :class:`~qkit.errors.UsageError` for a
-    function that cannot be found.
-    """
-    if ":" in text and not Path(text).exists():
-        return stream_of(resolve_callable(text), text)
-    if Path(text).is_dir():
-        raise UsageError(
-            "the training data are a folder", got=text, wanted="FILE.npz or module:function"
-        )
-    return labelled(*labels_from_npz(text, model), text)
-
-
-def labels_from_npz(text: str, model: torch.nn.Module | None) -> tuple[Inputs, Tensor]:
-    """The inputs of an .npz file, and the array with their targets."""
-    found = from_npz(text)
-    name = next((each for each in LABELS if each in found.kwargs), None)
-    if name is None:
-        raise InputError(
-            "the file has no targets", where=text,
-            got=", ".join(found.kwargs) or "arrays without names",
-            wanted=f"the inputs, and an array called {', '.join(LABELS[:-1])} or {LABELS[-1]}",
-        )  # fmt: skip
-    rest = {key: tensor for key, tensor in found.kwargs.items() if key != name}
-    inputs = replace(found, kwargs=rest)
-    if len(rest) == 1:  # one array may have any name, as elsewhere
-        inputs = replace(found, args=tuple(rest.values()), kwargs={})
-    return inputs, found.kwargs[name]
 
 
 def as_batch(given: Any, origin: str) -> Batch:

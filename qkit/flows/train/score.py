@@ -12,12 +12,19 @@ from qkit.errors import InputError, UsageError, nearest
 from qkit.flows.evaluate import eval_mode
 from qkit.flows.train.samples import Batch, TrainData
 from qkit.flows.train.tables import METRICS, known_loss, main_output
+from qkit.models import resolve_callable
 
 # A mean over a batch, of outputs and targets.
 Score = Callable[[Tensor, Tensor], Tensor]
 # The loss of whatever the model answers to a batch.
 Objective = Callable[[Any, Batch], Tensor]
 Metric = tuple[str, Score | None, bool]
+
+
+def named(text: str) -> str | Score:
+    """What a command or a recipe calls a loss or a metric: a name of the tables, or
+    ``module:function`` of outputs and targets."""
+    return resolve_callable(text) if ":" in text else text  # type: ignore[return-value]
 
 
 def objective_of(loss: str | Score) -> Objective:
