@@ -15,6 +15,8 @@ from torch import nn
 import qkit
 from qkit.errors import CoverageError, InputError, UsageError
 from qkit.flows import Request
+from qkit.flows.demo import accuracy, digits_cnn, load_digits
+from qkit.flows.demo import train as train_digits
 from qkit.flows.distill import Teaching, distill
 from qkit.flows.factorize import factorize_file
 from qkit.flows.factors import Wanted
@@ -142,6 +144,20 @@ def test_separable_convolutions_learn_and_load_again(net, x, tmp_path):
     qkit.save(small, tmp_path / "out", inputs=x, report=report)
     with torch.no_grad():
         assert torch.equal(qkit.load(tmp_path / "out", into=Net)(x), small(x))
+
+
+def test_distillation_recovers_what_separable_kernels_cost():
+    """Nine tenths of it and more, on digits: measured 97.8 %, 10.2 % at once, 95.8 % behind."""
+    data = load_digits()
+    torch.manual_seed(0)
+    model = digits_cnn()
+    train_digits(model, data, epochs=4)
+    options = {"calib": data.train_x[:256], "ignore": ["Linear"], "latency": False}
+    small, _ = qkit.factorize(model, conv="separable", rank=1, **options)
+    before, at_once = accuracy(model, data), accuracy(small, data)
+    how = TrainOptions(epochs=4, lr=4e-3, keep="last")
+    distill(small, model, labelled(data.train_x, data.train_y), options=how)
+    assert before - accuracy(small, data) <= (before - at_once) / 10
 
 
 @pytest.mark.usefixtures("same_process")
