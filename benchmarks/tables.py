@@ -228,6 +228,8 @@ def algorithms() -> str:
     """What each algorithm of int8-static gains over rounding to nearest, in decibels."""
     records = [r for r in read("accuracy") if "model" in r]
     names = list(dict.fromkeys(r["treatment"] for r in records if "algorithm" in r))
+    if not names:
+        return "Not measured yet."
     rows = []
     for model in dict.fromkeys(r["model"] for r in records):
         found = {r["treatment"]: r["sqnr_db"] for r in records if r["model"] == model}

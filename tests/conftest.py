@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 
 # One of several processes that share the tests (``-n``) leaves the other processors to the others.
 # The tests of threads ask for theirs; the processes that tests start inherit it.
@@ -39,6 +41,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.parent
         group = folder if folder.name == "families" else item.path
         item.add_marker(pytest.mark.xdist_group(str(group)))
+
+
+# The command, called in this process, takes these; tests that follow it find them as they were.
+SIGNALS = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+
+@pytest.fixture(autouse=True)
+def usual_signals() -> Iterator[None]:
+    """Every test ends with the handlers of the process that runs the tests."""
+    yield
+    for number, handler in SIGNALS.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -201,12 +202,15 @@ def test_pytest_alone_does_not_collect_the_suite_and_by_name_it_runs(tmp_path: P
         [*command, "benchmarks", "--collect-only"], cwd=ROOT, capture_output=True, text=True
     )
     assert "no tests collected" in alone.stdout, alone.stdout
+    # A process that shares tests with others would not measure: this one does not.
+    alone_env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     out = tmp_path / "suite.json"
     names = {"test_linear[16-torch]", "test_linear[16-w8a16]"}
     only = [f"benchmarks/suite.py::{name}" for name in names]
     done = subprocess.run(
         [*command, *only, "--benchmark-max-time=0.01", f"--benchmark-json={out}"],
         cwd=ROOT,
+        env=alone_env,
         capture_output=True,
         text=True,
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -68,12 +67,9 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def main(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
+def main(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """The command in this process."""
     from qkit.cli import main as entry
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
 
     def call(*args: object) -> Done:
         capsys.readouterr()
@@ -81,6 +77,4 @@ def main(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
         captured = capsys.readouterr()
         return Done(code, captured.out, captured.err)
 
-    yield call
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    return call

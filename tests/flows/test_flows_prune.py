@@ -82,7 +82,8 @@ def test_attributes_follow(pruned):
 def test_other_units(unit, images):
     _, report = qkit.prune(Net(), images, amount=0.3, unit=unit, latency=False)
     assert report.after[unit] <= 0.7 * report.before[unit]
-    assert report.recipe["unit"] == unit
+    (step,) = report.recipe["steps"]
+    assert step["prune"]["unit"] == unit
 
 
 def test_latency_is_measured_until_it_has_fallen(monkeypatch):
