@@ -163,19 +163,18 @@ def _named(texts: tuple[str, ...]) -> Any:
 
 def _print(report: BenchReport) -> None:
     """Tables, then sentences."""
-    from qkit.cli.table import console
-    from rich.table import Table
+    from qkit.cli.table import console, grid
 
     from qkit.report.bench_text import grids, sentences
 
     out = console()
-    for grid in grids(report):
-        if not grid.rows:
+    for part in grids(report):
+        if not part.rows:
             continue
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for index, name in enumerate(grid.head):
+        table = grid()
+        for index, name in enumerate(part.head):
             table.add_column(name, justify="right" if index > 1 else "left", overflow="fold")
-        for row in grid.rows:
+        for row in part.rows:
             table.add_row(*row)
         out.print(table)
         out.print()

@@ -68,10 +68,9 @@ def command(
 
 def print_changes(changes: Changes) -> None:
     """A row for each benchmark, what only one run has, and the remarks."""
-    from qkit.cli.table import console
-    from rich.table import Table
+    from qkit.cli.table import console, grid
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = grid()
     table.add_column("benchmark", overflow="fold")
     for name in ("before", "after", "times as fast", f"{changes.level:.0%} interval"):
         table.add_column(name, justify="right", no_wrap=True)

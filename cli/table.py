@@ -27,6 +27,11 @@ def console() -> Console:
     return out if out.is_terminal else Console(highlight=False, markup=False, width=160)
 
 
+def grid() -> Table:
+    """A table without lines, as all of the command are."""
+    return Table(box=None, header_style="bold", pad_edge=False)
+
+
 def print_report(report: Report) -> None:
     """The layers, then the totals and the verdict."""
     out = console()
@@ -39,7 +44,7 @@ def print_report(report: Report) -> None:
 
 
 def _layers(rows: list[LayerRow]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = grid()
     for name in ("layer", "kind", "shape"):
         table.add_column(name, overflow="fold")
     for name in ("params", "scheme", "bits/weight", "SQNR"):
@@ -66,7 +71,7 @@ def _layers(rows: list[LayerRow]) -> Table:
 
 def _activations(rows: list[dict[str, Any]]) -> Table:
     """The ranges of activations, the least exact first."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = grid()
     table.add_column("activation", overflow="fold")
     for name in ("least", "greatest", "range", "clipped", "outliers", "SQNR"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -98,7 +103,7 @@ def _pairs(lines: dict[str, str]) -> Table:
 def print_pruning(report: PruneReport) -> None:
     """The groups, then the totals and the verdict."""
     out = console()
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = grid()
     table.add_column("group", overflow="fold")
     for name in ("units", "kept", "rows of each"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -145,7 +150,7 @@ def print_distillation(report: DistillReport) -> None:
 def print_ledger(ledger: Ledger) -> None:
     """A row for each step, with the change from the first, then the verdict."""
     out, first = console(), ledger.rows[0]
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = grid()
     table.add_column("after")
     for name in ("parameters", "not zero", "bytes", "multiply-adds", "latency", *first.metrics):
         table.add_column(name, justify="right", no_wrap=True)
@@ -172,7 +177,7 @@ def print_comparison(result: Comparison) -> None:
     if result.per_layer is not None:
         _print_costs(out, result.per_layer)
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = grid()
     for name in ("layer", "a", "b", "of"):
         table.add_column(name, overflow="fold")
     for name in ("SQNR", "cosine", "max abs"):
@@ -207,7 +212,7 @@ def print_comparison(result: Comparison) -> None:
 
 def _print_costs(out: Console, costs: PerLayer) -> None:
     """What each layer costs, the worst first, and what to leave in float."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = grid()
     for name in ("layer", "kind"):
         table.add_column(name, overflow="fold")
     for name in ("cumulative SQNR", "SQNR alone"):
@@ -232,7 +237,7 @@ def _print_costs(out: Console, costs: PerLayer) -> None:
 
 def print_rates(points: list[RatePoint]) -> None:
     """Each weight under each scheme; rates in bits per weight."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = grid()
     for name in ("weight", "scheme"):
         table.add_column(name, overflow="fold")
     for name in ("stored", "entropy coded", "SQNR", "bound", "above bound"):

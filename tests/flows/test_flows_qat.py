@@ -108,27 +108,29 @@ def same(a: fx.GraphModule, b: fx.GraphModule) -> bool:
 def test_stopped_and_resumed_it_converts_to_the_same(digits, tmp_path):
     model = Small()
     want = small(digits, model)
-    with pytest.raises(KeyboardInterrupt):
-        train_quantized(
-            model,
-            resolve("int8-static", ()),
-            Qat(
-                labelled(digits.train_x[:160], digits.train_y[:160]),
-                options=replace(FEW, save_seconds=0),
-                folder=tmp_path,
-            ),
-            dialect=DIALECTS["onnx"],
-            progress=interrupt,
-        )
+    stop_in_the_last_epoch(digits, model, folder=tmp_path)
     again = small(digits, model, folder=tmp_path, resume=True)
     assert same(again.converted.module, want.converted.module)
     with pytest.raises(errors.UsageError, match=r"another one.*teacher"):
         small(digits, model, folder=tmp_path, resume=True, teacher=0.5)
 
 
-def interrupt(done: int, total: int, text: str) -> None:
-    if done == 13:  # in the last epoch, in which ranges and statistics stay
-        raise KeyboardInterrupt
+def stop_in_the_last_epoch(digits, model, **more):
+    """A training that is interrupted where ranges and statistics stay; its checkpoint is there."""
+
+    def interrupt(done: int, total: int, text: str) -> None:
+        if done == 13:
+            raise KeyboardInterrupt
+
+    data = labelled(digits.train_x[:160], digits.train_y[:160])
+    with pytest.raises(KeyboardInterrupt):
+        train_quantized(
+            model,
+            resolve("int8-static", ()),
+            Qat(data, options=replace(FEW, save_seconds=0), **more),
+            dialect=DIALECTS["onnx"],
+            progress=interrupt,
+        )
 
 
 def test_the_float_model_teaches(digits):
@@ -226,19 +228,7 @@ def test_steps_are_learnt_and_are_what_is_deployed(digits, tmp_path):
     # A step that is trained follows neither the greatest weight nor the observed range.
     assert all(a != b for a, b in zip(steps[True], steps[False], strict=True))
     # Checkpoints hold the steps.
-    with pytest.raises(KeyboardInterrupt):
-        train_quantized(
-            model,
-            resolve("int8-static", ()),
-            Qat(
-                labelled(digits.train_x[:160], digits.train_y[:160]),
-                options=replace(FEW, save_seconds=0),
-                folder=tmp_path,
-                lsq=True,
-            ),
-            dialect=DIALECTS["onnx"],
-            progress=interrupt,
-        )
+    stop_in_the_last_epoch(digits, model, folder=tmp_path, lsq=True)
     again = small(digits, model, folder=tmp_path, resume=True, lsq=True)
     assert same(again.converted.module, tuned[True].converted.module)
 
