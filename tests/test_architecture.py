@@ -118,3 +118,24 @@ def test_help_is_fast_and_imports_no_torch(command: list[str]) -> None:
         assert run.returncode == 0
     # The promise is 0.3 s on an idle machine; the bound leaves room for a busy one.
     assert min(seconds) < 1.0
+
+
+# What extras bring, and the core does without.
+OPTIONAL = (
+    *("torchao", "executorch", "onnx", "onnxruntime", "onnxscript", "optimum", "transformers"),
+    *("accelerate", "compressed_tensors", "gguf", "jinja2", "vl_convert", "matplotlib", "yaml"),
+)
+
+
+def test_the_core_needs_no_extra(tmp_path: Path) -> None:
+    """Quantizing a plain model, in a process where nothing optional can be imported."""
+    code = (
+        "import sys, torch; torch.save(torch.nn.Sequential(torch.nn.Linear(8, 8)), 'net.pt')\n"
+        f"for name in {OPTIONAL!r}: sys.modules[name] = None\n"
+        "from qkit.cli import main\n"
+        "sys.exit(main(['quantize', 'net.pt', '--scheme', 'w8a16', '--input', '1x8', '--dry-run']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

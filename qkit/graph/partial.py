@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from qkit.graph.bound import Bound
 from qkit.graph.kinds import decomposed, kind_of
-from qkit.graph.simulate import Bound
 
 
 class Partial(Bound):

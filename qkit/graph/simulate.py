@@ -8,24 +8,11 @@ from typing import Any
 from torch import Tensor, fx
 
 from qkit.graph.ao import ObserverBase
+from qkit.graph.bound import Bound
 from qkit.graph.observe import PerChannelRange
 
 # Given a node, its arguments as values, and its value: the value to go on with.
 See = Callable[[fx.Node, tuple[Any, ...], Any], Any]
-
-
-class Bound(fx.Interpreter):
-    """An interpreter that takes inputs as the model does."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=True)
-
-    def call(self, args: Any, kwargs: Mapping[str, Tensor]) -> Any:
-        """The program's outputs."""
-        names = [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
-        free = [name for name in names if name not in kwargs]
-        given = dict(zip(free, args, strict=True)) | dict(kwargs)
-        return self.run(*(given[name] for name in names))
 
 
 class Simulated(Bound):
