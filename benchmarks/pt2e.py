@@ -157,7 +157,8 @@ with random weights amplify every rounding from layer to layer). Under
 `dynamic` only linear layers (and, for ONNX Runtime, LSTMs) are integer: no runtime here has a
 convolution that is right and faster with ranges taken at each call; a model without any linear
 layer is therefore *refused*, with `int8-static` as the alternative. A speed is left out where other
-processes took more than {load:.0%} of the processors meanwhile. A number in brackets is a note.
+processes took more than {load:.0%} of the processors meanwhile, or it is not known what they took.
+A number in brackets is a note.
 
 {passed} of {count} cells passed, {refused} are refused on purpose.
 
@@ -201,7 +202,7 @@ def page(measured: list[Cell]) -> str:
 
 def figures(record: Cell) -> str:
     """The figures of a cell that was measured."""
-    loaded = record.get("load_of_others", 0.0) > MOST_LOAD
+    loaded = record.get("load_of_others", 1.0) > MOST_LOAD  # old lines do not tell
     speed = "not timed quietly" if loaded else f"{record['speedup']:.2f}x"
     return (
         f"{record['ran']}/{record['expected']}, {record['sqnr_db']:.1f} dB, "

@@ -170,6 +170,7 @@ def test_pt2e_judges_and_tells_what_is_wrong(monkeypatch: pytest.MonkeyPatch) ->
         "speedup": 2.0,
         "size_ratio": 0.25,
         "batches": [37.0, 38.5],
+        "load_of_others": 0.01,
     }
     assert script.judged(good) == "passed"
     assert script.judged(good | {"ran": 2}) == "2 of 3 layers run as integers"
@@ -192,6 +193,8 @@ def test_pt2e_judges_and_tells_what_is_wrong(monkeypatch: pytest.MonkeyPatch) ->
     page = script.page(lines)
     assert "2 of 5 cells passed, 1 are refused on purpose" in page
     assert "| 3/3, 38.0 dB, not timed quietly, 0.25 |" in page
+    del good["load_of_others"]  # nobody looked
+    assert "| 3/3, 38.0 dB, not timed quietly, 0.25 |" in script.page([good | {"status": "passed"}])
     assert "| refused [2] |" in page
     assert "| failed [3] |" in page
     assert "3/3, 38.0 dB, 2.00x, 0.25 [1] |" in page

@@ -18,7 +18,7 @@ from qkit.flows.data import Data, in_memory
 from qkit.flows.evaluate import AnyInputs, eval_mode
 from qkit.flows.ptq import Progress, check_rules, check_tensors, no_progress
 from qkit.flows.treat import after, before
-from qkit.flows.uneven import uneven_rows
+from qkit.flows.uneven import uneven_columns, uneven_rows
 from qkit.graph import DIALECTS, Captured, Dialect, Site, capture, find_sites, quiet
 from qkit.graph.capture import Dims
 from qkit.graph.unfolded import spell_out
@@ -125,6 +125,7 @@ def prepare(
         raise nothing(sites)
     notes = before(module, sites, data)
     notes += uneven_rows(module, sites, dialect, example)
+    notes += uneven_columns(module, sites, recipe, dialect, data)
     quantizer = quantizer or RecipeQuantizer(recipe, dialect, observer)
     with quiet():
         prepared = prepare_pt2e(module, quantizer)

@@ -121,7 +121,7 @@ def _links(module: fx.GraphModule, sites: Sequence[Site], name: str) -> tuple[Li
     return links, found
 
 
-def _greatest(
+def magnitudes(
     module: fx.GraphModule, watched: Mapping[fx.Node, int], data: Data
 ) -> dict[fx.Node, Tensor]:
     """The greatest magnitude of each channel of nodes, whose channels lie along the given axis."""
@@ -148,7 +148,7 @@ def _equalize(links: Links, found: list[Link], data: Data) -> None:
         for node in link.between
         if ceiling_of(node) is not None
     }
-    greatest = _greatest(links.module, clipped, data) if clipped else {}
+    greatest = magnitudes(links.module, clipped, data) if clipped else {}
     total = [torch.ones(link.channels, dtype=torch.float64) for link in found]
     for _ in range(ROUNDS):
         moved = 0.0
@@ -174,7 +174,7 @@ def _smooth(links: Links, found: list[Link], data: Data) -> None:
             conv = attribute(links.module, _weight(reader)).dim() > 2
             watched[source] = 1 if conv else source.meta["val"].dim() - 1
         watched |= {n: channel_axis(link.maker) for n in link.between if ceiling_of(n) is not None}
-    greatest = _greatest(links.module, watched, data)
+    greatest = magnitudes(links.module, watched, data)
     for link in found:
         seen = [greatest[reader.args[0]] for reader in link.readers]  # type: ignore[index]
         factor = smooth(torch.stack(seen).amax(0), links.read(link))

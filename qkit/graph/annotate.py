@@ -25,6 +25,7 @@ and ``qkit.flows.pt2e.convert(model, data, quantizer=LinearOnly())`` takes it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx
@@ -79,12 +80,8 @@ class RecipeQuantizer(Quantizer):
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         """Annotate ``model`` in place."""
         self.sites = find_sites(model, self.recipe, self.dialect)
-        layers = {
-            site.node: site
-            for site in self.sites
-            if site.scheme is not None and site.kind != "LSTM"  # of which targets make their own
-        }
-        integer = self._integer(model, layers)
+        layers = _layers(self.sites)
+        integer = integer_nodes(model, self.sites, self.recipe, self.dialect)
         sums = self._sums(integer, layers)
         rounded = self._rounded(model, integer, layers, set(sums.values()))
         acts = self._spec(self.dialect.input_spec("static"))
@@ -97,19 +94,6 @@ class RecipeQuantizer(Quantizer):
 
     def validate(self, model: fx.GraphModule) -> None:
         """Nothing to refuse: :func:`~qkit.graph.sites.find_sites` did."""
-
-    def _integer(self, model: fx.GraphModule, layers: dict[fx.Node, Site]) -> set[fx.Node]:
-        """The nodes that can compute with codes: layers, and what is fed by such nodes only."""
-        integer = {node for node, site in layers.items() if site.static}
-        for node in model.graph.nodes:
-            kind = kind_of(node)
-            if kind is None or kind.role == "weighted" or kind.name not in self.dialect.kinds:
-                continue
-            sources = activations(node)
-            fed = bool(sources) and all(source in integer for source in sources)
-            if fed and is_float(node) and rule_scheme(node, kind, self.recipe)[0] is not None:
-                integer.add(node)
-        return integer
 
     def _sums(self, integer: set[fx.Node], layers: dict[fx.Node, Site]) -> dict[fx.Node, fx.Node]:
         """The sums of codes that the kernel of one of their terms computes, and that term: the last
@@ -205,6 +189,28 @@ class RecipeQuantizer(Quantizer):
                 annotate_node(node, {sources[0]: acts}, shared)
         elif kind.role == "binary" or self.dialect.outputs:
             annotate_node(node, {source: acts for source in sources}, acts if rounded else None)
+
+
+def _layers(sites: Iterable[Site]) -> dict[fx.Node, Site]:
+    """The quantized layers but LSTMs, of which targets make their own."""
+    return {s.node: s for s in sites if s.scheme is not None and s.kind != "LSTM"}
+
+
+def integer_nodes(
+    model: fx.GraphModule, sites: Iterable[Site], recipe: Recipe, dialect: Dialect
+) -> set[fx.Node]:
+    """The nodes that can compute with codes: layers with learnt ranges, and what is fed by such
+    nodes only."""
+    integer = {node for node, site in _layers(sites).items() if site.static}
+    for node in model.graph.nodes:
+        kind = kind_of(node)
+        if kind is None or kind.role == "weighted" or kind.name not in dialect.kinds:
+            continue
+        sources = activations(node)
+        fed = bool(sources) and all(source in integer for source in sources)
+        if fed and is_float(node) and rule_scheme(node, kind, recipe)[0] is not None:
+            integer.add(node)
+    return integer
 
 
 def _is_tail(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx
@@ -135,6 +136,15 @@ def attribute(module: fx.GraphModule, node: fx.Node) -> Tensor:
     value = getattr(module.get_submodule(owner), leaf)
     assert isinstance(value, Tensor)
     return value.detach()
+
+
+def uses_of(module: fx.GraphModule) -> Counter[str]:
+    """How many operators of ``module`` read each parameter or buffer, by name."""
+    found: Counter[str] = Counter()
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            found[str(node.target)] += len(node.users)
+    return found
 
 
 def bias_of(node: fx.Node) -> fx.Node | None:

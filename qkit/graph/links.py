@@ -9,14 +9,14 @@ with the factors' inverses is put before the linear layers, if it is asked for.)
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from qkit.graph.kinds import attribute, bias_of, kind_of, weight_of
+from qkit.graph.columns import times
+from qkit.graph.kinds import attribute, bias_of, kind_of, uses_of, weight_of
 from qkit.graph.norms import put
 
 _OF_VALUES = frozenset({"ReLU", "Hardtanh", "Dropout"})
@@ -85,10 +85,7 @@ class Links:
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
-        self._uses: Counter[str] = Counter()
-        for node in module.graph.nodes:
-            if node.op == "get_attr":
-                self._uses[str(node.target)] += len(node.users)
+        self._uses = uses_of(module)
         found = (self._link(node) for node in module.graph.nodes)
         self.all = [link for link in found if link is not None]
 
@@ -118,18 +115,7 @@ class Links:
             self._put(node, self._from_columns(columns, shape))
 
     def _divide(self, link: Link, factor: Tensor) -> None:
-        name = f"_smoothed_{link.maker.name}"
-        inverse = (1 / factor).float()
-        self.module.register_buffer(name, inverse)
-        graph = self.module.graph
-        with graph.inserting_after(link.maker):
-            constant = graph.get_attr(name)
-        constant.meta["val"] = inverse
-        with graph.inserting_after(constant):
-            made = graph.call_function(torch.ops.aten.mul.Tensor, (link.maker, constant))
-        made.meta = dict(link.maker.meta)
-        for reader in link.readers:
-            reader.replace_input_with(link.maker, made)
+        times(self.module, link.maker, (1 / factor).float(), link.readers)
 
     def _put(self, node: fx.Node, tensor: Tensor) -> None:
         put(self.module, str(node.target), nn.Parameter(tensor.contiguous(), requires_grad=False))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from qkit.graph.kinds import bias_of, kind_of, weight_of
+from qkit.graph.kinds import bias_of, kind_of, uses_of, weight_of
 
 KEY = "qkit_norm"
 # A channel that a normalisation switches off has s = 0, by which nothing can be divided.
@@ -142,10 +142,7 @@ def fold(module: fx.GraphModule) -> None:
 
     Left are those behind a convolution whose output or weight is used elsewhere too.
     """
-    users: dict[str, int] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            users[str(node.target)] = users.get(str(node.target), 0) + len(node.users)
+    users = uses_of(module)
     for node in list(module.graph.nodes):
         norm = _norm_of(node)
         conv: Any = None if norm is None else node.args[0]

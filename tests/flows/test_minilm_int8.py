@@ -54,7 +54,12 @@ def embed(hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize(
     ("target", "scheme"),
-    [("onnx", "int8-static"), ("onnx", "int8-dynamic"), ("xnnpack", "int8-dynamic")],
+    [
+        ("onnx", "int8-static"),
+        ("onnx", "int8-dynamic"),
+        ("xnnpack", "int8-static"),
+        ("xnnpack", "int8-dynamic"),
+    ],
 )
 def test_embeddings_of_sentences_that_were_not_calibrated_with(
     model, batches, tmp_path, target, scheme

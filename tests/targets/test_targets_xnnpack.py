@@ -63,6 +63,34 @@ def test_dynamic_layers_by_hand_and_by_executorch(mlp, tmp_path):
     assert (found.ran, found.floating, found.left) == (2, {}, 0)
 
 
+class Attention(nn.Module):
+    """As GPT-2 has it: behind the heads, the tokens of all samples are viewed as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 6)).transpose(1, 3).unbind(2)
+        x = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(x.transpose(1, 2).reshape(x.shape[0], -1, 12).view(-1, 12))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_rows_of_attention_are_rows(tmp_path, quantized):
+    model, x, path = Attention().eval(), torch.randn(3, 5, 12), tmp_path / "m.pte"
+    if quantized:
+        done = specialized(convert(model, "int8-static", x, dialect="xnnpack"))
+        BACKEND.export(done, path)
+        wanted = done.module(x)
+        assert audit(path, 2).integer["FullyConnected qs8"] == 2
+    else:
+        wanted, captured = model(x), capture(model, (x,), {})
+        BACKEND.export_float(captured, path)
+    error = compare([wanted], load(path, 1)((x,), {}))
+    assert error.sqnr_db is None or error.sqnr_db > (45 if quantized else 100)
+
+
 class Many(nn.Module):
     """Every kind of operator that has codes on both sides."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from qkit.errors import RequestError, UsageError, nearest
 from qkit.graph import BATCH, Captured, clean, export, quiet
-from qkit.graph.kinds import dynamic_codes
+from qkit.graph.kinds import dynamic_codes, kind_of
 from qkit.targets.staging import as_output_error
 
 # A program has a largest size of every dimension that varies, for which it plans its memory.
@@ -124,10 +124,22 @@ def _resized(tensor: Tensor, index: int, size: int) -> Tensor:
 
 def _spell_out(module: fx.GraphModule) -> None:
     """Give pools the arguments that the delegate looks at, which torch lets out: the stride; and of
-    averages without padding, that it does not count, as XNNPACK wants it."""
-    average, largest = torch.ops.aten.avg_pool2d.default, torch.ops.aten.max_pool2d.default
+    averages without padding, that it does not count, as XNNPACK wants it.
+
+    And copy the output of attention before its tokens become rows. ExecuTorch writes attention out
+    in operators that give another order in memory, in which the rows of a sample are not one behind
+    the other, and has the view by then, for which they must be.
+    """
+    ops = torch.ops.aten
+    average, largest = ops.avg_pool2d.default, ops.max_pool2d.default
     defaults = {average: (None, 0, False, True), largest: (None, 0, 1, False)}
     for node in module.graph.nodes:
+        if _makes_rows(node):
+            with module.graph.inserting_before(node):
+                kept: dict[str, Any] = {"memory_format": torch.contiguous_format}
+                copied = module.graph.call_function(ops.clone.default, (node.args[0],), kept)
+            copied.meta["val"] = node.args[0].meta["val"]
+            node.update_arg(0, copied)
         if node.target not in defaults:
             continue
         x, size, *given = node.args
@@ -137,6 +149,21 @@ def _spell_out(module: fx.GraphModule) -> None:
             given[3] = False
         node.args = (x, size, *given)
     module.recompile()
+
+
+def _makes_rows(node: fx.Node) -> bool:
+    """Whether ``node`` makes one dimension of the samples and the tokens that attention gives."""
+    kind = kind_of(node)
+    if kind is None or kind.name not in ("Reshape", "Flatten"):
+        return False
+    x: Any = node.args[0]
+    source = x
+    while (moves := kind_of(source)) is not None and moves.role == "same":
+        source = source.args[0]
+    if source.target is not torch.ops.aten.scaled_dot_product_attention.default:
+        return False
+    before, after = (str(each.meta["val"].shape[0]) for each in (x, node))  # which may be symbols
+    return before != after
 
 
 def write(program: torch.export.ExportedProgram, path: Path) -> None:
