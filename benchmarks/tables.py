@@ -142,6 +142,30 @@ def compression() -> str:
     return markdown([*head, "weights kept", "accuracy", "of the file"], rows)
 
 
+def ledger() -> str:
+    """What each step of Deep Compression came to, means of the seeds."""
+    records = [r for r in read("compression") if "ledger" in r]
+    rows = []
+    for case in dict.fromkeys(r["case"] for r in records):
+        steps = zip(*(r["ledger"] for r in records if r["case"] == case), strict=True)
+        for step in steps:
+            size = mean(row["bytes"] for row in step)
+            rows.append(
+                [
+                    case,
+                    "the float network" if step[0]["step"] == "float" else f"`{step[0]['step']}`",
+                    f"{step[0]['parameters']:,}",
+                    f"{mean(row['nonzeros'] for row in step):,.0f}",
+                    f"{size:,.0f} B",
+                    f"{step[0]['multiply_adds'] / 1e6:.2f} M",
+                    f"{mean(row['latency_ms'] for row in step):.3f} ms",
+                    f"{mean(row['metrics']['accuracy'] for row in step):.2f}%",
+                ]
+            )
+    head = ["network", "after", "parameters", "not zero", "on disk", "multiply-adds", "latency"]
+    return markdown([*head, "accuracy"], rows)
+
+
 def pruning() -> str:
     """Half of the multiply-adds removed: what is left of each architecture, and how fast it is."""
     found = {r["model"]: r for r in read("pruning")}
@@ -243,6 +267,7 @@ TABLES = {
     "accuracy": accuracy,
     "algorithms": algorithms,
     "compression": compression,
+    "ledger": ledger,
     "pruning": pruning,
     "quality": quality,
     "speed": speed,

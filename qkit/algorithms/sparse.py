@@ -54,6 +54,10 @@ class Sparsity:
                              got=amount)  # fmt: skip
         return Sparsity(float(amount), scope)
 
+    def left(self, count: int) -> int:
+        """How many of ``count`` values that compete stay."""
+        return count - round(self.amount * count)
+
 
 def wanda(weight: Tensor, stats: Stats) -> Tensor:
     """The scores of ``weight`` ``[rows, columns]`` under the inputs of ``stats``."""
@@ -71,8 +75,7 @@ def kept(scores: Tensor, sparsity: Sparsity) -> Tensor:
         groups = padded.reshape(-1, sparsity.m)
         return _greatest(groups, sparsity.n).reshape(padded.shape)[:, :columns]
     flat = scores if sparsity.scope == "row" else scores.reshape(1, -1)
-    count = flat.shape[1] - round(sparsity.amount * flat.shape[1])
-    return _greatest(flat, count).reshape(scores.shape)
+    return _greatest(flat, sparsity.left(flat.shape[1])).reshape(scores.shape)
 
 
 def _greatest(rows: Tensor, count: int) -> Tensor:

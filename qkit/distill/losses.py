@@ -56,7 +56,7 @@ def check_temperature(temperature: float) -> None:
 def hard_and_soft(hard: Tensor | None, soft: Tensor, weight: float) -> Tensor:
     """``(1 - weight) hard + weight soft``; ``soft`` alone where there are no hard targets."""
     check_weight(weight)
-    return soft if hard is None else torch.lerp(hard, soft, weight)
+    return soft if hard is None else torch.lerp(hard, soft.to(hard.dtype), weight)
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from qkit.errors import BudgetError, QkitError, UsageError
 from qkit.flows.evaluate import AnyInputs, as_inputs, eval_mode, few, fill_cost
 from qkit.flows.prune import fill_error, fill_speed, prune
-from qkit.flows.sparsify import sparsify
+from qkit.flows.sparsify import Amount, sparsify
 from qkit.models import infer, run
 from qkit.pruning.masks import Masks
 from qkit.pruning.plan import check_amount
@@ -53,7 +53,7 @@ class Steps:
             raise UsageError("give drop or floor, not both")
 
     def goal(self, step: int, amount: float) -> float:
-        """The share that is removed after ``step``."""
+        """The share that is removed after ``step``, of ``amount`` in all."""
         return SCHEDULES[self.schedule](step / self.steps, amount)
 
     def least(self, at_start: float) -> float | None:
@@ -74,15 +74,14 @@ class Followed:
 
 def follow(
     model: nn.Module,
-    amount: float,
     how: Steps,
-    remove: Callable[[nn.Module, float], tuple[nn.Module, float] | None],
+    remove: Callable[[nn.Module, int], tuple[nn.Module, float] | None],
     *,
     tune: Tune,
     evaluate: Evaluate,
     told: Told,
 ) -> Followed:
-    """``remove(model, share)`` a growing share of what there was at the start, ``tune`` what comes
+    """``remove(model, step)`` a growing share of what there was at the start, ``tune`` what comes
     out, ``evaluate`` it, until a step is not good or cannot be made.
 
     ``remove`` gives the smaller model and the share that is gone; None where as much was gone
@@ -94,7 +93,7 @@ def follow(
     history: list[dict[str, Any]] = [{"step": 0, "removed": 0.0, "metric": at_start, "good": True}]
     for step in range(1, how.steps + 1):
         try:
-            made = remove(model, how.goal(step, amount))
+            made = remove(model, step)
         except QkitError as error:
             if not good:
                 raise
@@ -161,8 +160,8 @@ def prune_iteratively(
         raise UsageError("no inputs are known to trace the model with", fix="inputs=")
     reports: list[PruneReport] = []
 
-    def remove(good: nn.Module, goal: float) -> tuple[nn.Module, float] | None:
-        share = goal
+    def remove(good: nn.Module, step: int) -> tuple[nn.Module, float] | None:
+        share = goal = how.goal(step, amount)
         if reports:
             share = 1 - (1 - goal) * reports[0].before[unit] / reports[-1].after[unit]
         if share <= 0:
@@ -171,7 +170,7 @@ def prune_iteratively(
         reports.append(found)
         return smaller, round(1 - found.after[unit] / reports[0].before[unit], 4)
 
-    done = follow(model, amount, how, remove, tune=tune, evaluate=evaluate, told=told)
+    done = follow(model, how, remove, tune=tune, evaluate=evaluate, told=told)
     report = reduce(_since, reports[: done.good])
     report.history = done.history
     report.scheme = f"pruned {amount:g} of {unit} in {steps} steps"
@@ -196,11 +195,12 @@ def check_unit(unit: str) -> None:
         )
 
 
-def check_share(amount: object) -> None:
+def check_share(amount: Amount) -> None:
     """Raise :class:`~qkit.errors.UsageError` for what zeros cannot be added towards in steps."""
-    if isinstance(amount, str):
-        raise UsageError("steps go towards a share of the weights, not a pattern", got=amount)
-    check_amount(amount)  # type: ignore[arg-type]
+    for each in amount.values() if isinstance(amount, Mapping) else [amount]:
+        if isinstance(each, str):
+            raise UsageError("steps go towards a share of the weights, not a pattern", got=each)
+        check_amount(each)
 
 
 def _since(first: PruneReport, last: PruneReport) -> PruneReport:
@@ -219,7 +219,7 @@ def _since(first: PruneReport, last: PruneReport) -> PruneReport:
 
 def sparsify_iteratively(
     model: nn.Module,
-    amount: float = 0.9,
+    amount: Amount = 0.9,
     *,
     tune: Tune,
     evaluate: Evaluate,
@@ -240,8 +240,13 @@ def sparsify_iteratively(
     how = Steps(steps, schedule, drop, floor)
     found: list[Masks] = []
 
-    def remove(good: nn.Module, goal: float) -> tuple[nn.Module, float]:
-        smaller, masks = sparsify(good, goal, **options)
+    def goal(step: int) -> Amount:
+        if not isinstance(amount, Mapping):
+            return how.goal(step, float(amount))
+        return {name: how.goal(step, float(each)) for name, each in amount.items()}
+
+    def remove(good: nn.Module, step: int) -> tuple[nn.Module, float]:
+        smaller, masks = sparsify(good, goal(step), **options)
         found.append(masks)
         return smaller, round(1 - masks.density, 4)
 
@@ -249,5 +254,5 @@ def sparsify_iteratively(
         with found[-1].hold(smaller):
             tune(smaller)
 
-    done = follow(model, amount, how, remove, tune=held, evaluate=evaluate, told=told)
+    done = follow(model, how, remove, tune=held, evaluate=evaluate, told=told)
     return done.model, found[done.good - 1], done.history

@@ -21,9 +21,16 @@ class Masks:
 
     @staticmethod
     def of(model: nn.Module) -> Masks:
-        """The masks that the zeros of ``model`` tell, for parameters of two dimensions and more."""
-        weights = {n: p.detach() != 0 for n, p in model.named_parameters() if p.dim() > 1}
-        return Masks({name: mask for name, mask in weights.items() if not mask.all()})
+        """The masks that the zeros of ``model`` tell; of a vector, such as a bias, only where some
+        of its values are zero and others are not: one that starts at zero is free."""
+        kept = {n: p.detach() != 0 for n, p in model.named_parameters()}
+        return Masks(
+            {
+                n: mask
+                for n, mask in kept.items()
+                if not mask.all() and (mask.dim() > 1 or mask.any())
+            }
+        )
 
     @property
     def density(self) -> float:

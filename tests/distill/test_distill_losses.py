@@ -53,6 +53,7 @@ def test_the_mix():
     hard, soft = torch.tensor(2.0), torch.tensor(6.0)
     assert float(hard_and_soft(hard, soft, 0.25)) == 3.0
     assert hard_and_soft(None, soft, 0.25) is soft
+    assert float(hard_and_soft(hard.double(), soft, 0.25)) == 3.0  # labels of a double model
 
 
 def test_features_and_attention():

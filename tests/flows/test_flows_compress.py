@@ -149,6 +149,27 @@ def test_the_library_takes_data(folder):
         qkit.compress(make(), recipe, inputs=x, data=wrong)
 
 
+@pytest.mark.parametrize(
+    ("step", "text"),
+    [
+        ({"prune": {"ignore": ["5"]}}, "matches no module"),
+        ({"factorize": {"rank": 4, "ignore": ["re:x"]}}, "matches no module"),
+        ({"cluster": {"ignore": ["LSTM"]}}, "matches no module"),
+        ({"sparsify": {"amount": {"5": 0.5}}}, "matches no module"),
+        ({"sparsify": {"amount": 0.999}}, r"without any weight.*4\.weight"),
+        ({"distill": {"match": ["1=7"]}}, "no such module"),
+        ({"prune": {"train": {"teacher": 0.5, "match": ["x=1"]}}}, "no such module"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_any_training(step, text):
+    x, said = torch.randn(64, 20), list[str]()
+    data = labelled(x, x[:, :4].argmax(1))
+    recipe = {"steps": [{"train": {"epochs": 1}}, step]}
+    with pytest.raises(UsageError, match=text):
+        qkit.compress(make(), recipe, inputs=x, data=data, told=said.append)
+    assert not said
+
+
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_what_is_sparse_stays_so(method):
     model, x = make(), torch.randn(64, 20)
@@ -186,6 +207,14 @@ WRONG = [
     ({"steps": [{"quantize": {"algorithm": "gptq"}}]}, "learns from real inputs"),
     ({"steps": [{"sparsify": {"amount": 1.0}}]}, "above 0 and below 1"),
     ({"steps": [{"sparsify": {"amount": "4:2"}}]}, "not a pattern"),
+    ({"steps": [{"sparsify": {"amount": {"0": 1.0}}}]}, "above 0 and below 1"),
+    ({"steps": [{"sparsify": {"amount": {0: 0.5}}}]}, "by their names"),
+    ({"steps": [{"sparsify": {"amount": [0.5]}}]}, "another type"),
+    ({"steps": [{"cluster": {"train": {"teacher": 2}}}], "data": "x.npz"}, "0 to 1"),
+    ({"steps": [{"cluster": {"train": {"teacher": "x"}}}], "data": "x.npz"}, "another type"),
+    ({"steps": [{"cluster": {"train": {"temperature": 2}}}], "data": "x.npz"}, "with a teacher"),
+    ({"steps": [{"prune": {"train": {"teacher": 1, "match": "1"}}}], "data": "x.npz"}, "list of"),
+    ({"steps": ["prune", {"distill": {"teacher": None}}], "data": "x.npz"}, "another type"),
     ({"steps": [{"sparsify": {"method": "least"}}]}, "unknown method"),
     ({"steps": ["cluster", "sparsify"]}, "cannot come after 'cluster'"),
     ({"steps": ["train"]}, "no data are named"),
@@ -205,6 +234,20 @@ WRONG = [
 def test_recipes_that_make_no_sense(recipe, text):
     with pytest.raises(UsageError, match=text):
         read_recipe(recipe)
+
+
+@pytest.mark.parametrize("name", ["data", "val", "calib"])
+def test_data_that_are_not_finite_are_refused_before_any_step(name, folder):
+    bad = dict(np.load("train.npz"))
+    bad["input"][3, 1] = np.nan
+    np.savez("bad.npz", **({"input": bad["input"]} if name == "calib" else bad))
+    files = {"data": "train.npz", "val": "train.npz", "calib": "real.npz"} | {name: "bad.npz"}
+    (folder / "bad.json").write_text(json.dumps({"steps": [{"train": {"epochs": 1}}]} | files))
+    before, said = names(folder), list[str]()
+    with pytest.raises(InputError, match=r"bad\.npz.*(NaN|finite)|(NaN|finite).*bad\.npz"):
+        compress_file(CompressRequest("bad.json", "net.pt", "out", "work"), told=said.append)
+    assert names(folder) == before
+    assert not any("train" in text for text in said)
 
 
 def test_files_that_are_no_recipes(tmp_path, monkeypatch):

@@ -75,6 +75,31 @@ def test_zeros_stay_when_a_student_learns():
 @pytest.mark.parametrize(
     "step",
     [
+        {"sparsify": {"amount": 0.5, "steps": 2, "train": TRAIN | {"teacher": 1.0}}},
+        {"cluster": {"entries": 4, "train": TRAIN | {"teacher": 1.0, "temperature": 2.0}}},
+    ],
+    ids=["sparsify", "cluster"],
+)
+def test_the_trainings_of_a_step_listen_to_a_teacher(step):
+    """Labels that are wrong do less harm where only the teacher counts."""
+    whole, _ = follow({"train": TRAIN | {"epochs": 8}})
+    wrong = labelled(X, (Y + 1) % 4)
+
+    def far(train: dict[str, Any]) -> float:
+        """How far the answers of the model of this training are from the teacher's."""
+        name, options = next(iter(step.items()))
+        recipe = {"steps": [{name: options | {"train": train}}]}
+        small, _ = qkit.compress(whole, recipe, calib=X[:64], data=wrong)
+        with torch.no_grad():
+            return float((small(X).softmax(1) - whole(X).softmax(1)).abs().mean())
+
+    taught = next(iter(step.values()))["train"]
+    assert far(taught) < 0.9 * far(TRAIN)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
         {"sparsify": {"amount": 0.6, "method": "taylor"}},
         {"sparsify": {"amount": 0.6, "method": "snip"}},
     ],

@@ -12,7 +12,7 @@ import qkit
 from qkit.errors import BudgetError, UsageError
 from qkit.flows.demo import accuracy, digits_cnn, load_digits
 from qkit.flows.demo import train as train_digits
-from qkit.flows.iterate import SCHEDULES
+from qkit.flows.iterate import SCHEDULES, sparsify_iteratively
 
 
 @pytest.fixture
@@ -47,6 +47,24 @@ def test_the_steps_follow_the_schedule(net, schedule):
     assert macs(net) == whole
     assert report.latency_ms["speedup"] > 0
     assert [row["step"] for row in report.history] == [0, 1, 2, 3, 4]
+
+
+def test_zeros_of_each_layer_follow_the_schedule(net):
+    tuned: list[list[float]] = []
+
+    def tune(model: nn.Module) -> None:
+        zeros = [model.get_submodule(n).weight.eq(0).float().mean().item() for n in "024"]
+        tuned.append(zeros)
+
+    sparsify_iteratively(
+        net, {"0": 0.9, "2": 0.5}, tune=tune, evaluate=lambda m: 0.0, steps=3, schedule="geometric"
+    )
+    for step, (first, second, last) in enumerate(tuned, 1):
+        assert first == pytest.approx(1 - 0.1 ** (step / 3), abs=1 / 512)
+        assert second == pytest.approx(1 - 0.5 ** (step / 3), abs=1 / 4096)
+        assert last == 0
+    with pytest.raises(UsageError, match="not a pattern"):
+        sparsify_iteratively(net, {"0": "2:4"}, tune=tune, evaluate=lambda m: 0.0)
 
 
 def test_the_last_good_step_comes_out(net):
@@ -111,5 +129,7 @@ def test_digits_within_a_point_of_accuracy_with_a_fifth_of_the_work(tmp_path):
         tune=lambda m: train_digits(m, data, epochs=4),
         evaluate=lambda m: accuracy(m, data),
     )
+    shares = [f"{report.ratio['macs']:.1%}", f"{before:.2f} -> {accuracy(smaller, data):.2f}"]
+    print("\ndigits pruned in steps, multiply-adds left and accuracy:", *shares)
     assert report.after["macs"] <= 0.2 * report.before["macs"]
     assert accuracy(smaller, data) >= before - 1.0

@@ -65,9 +65,30 @@ def test_global_weights_compete_across_layers():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     with torch.no_grad():
         model[0].weight.add_(100)
-    sparse, _ = qkit.sparsify(model, 0.5, scope="global")
+    sparse, _ = qkit.sparsify(model, 0.375, scope="global")
     assert sparse[0].weight.all()
-    assert not sparse[1].weight.any()
+    assert int(sparse[1].weight.count_nonzero()) == 16
+    with pytest.raises(UsageError, match=r"without any weight.*1\.weight"):
+        qkit.sparsify(model, 0.5, scope="global")
+
+
+def test_each_layer_has_an_amount_of_its_own():
+    model = Net()
+    amounts = {"conv": 0.5, "Linear": 0.9, "re:.*": 0.25}
+    sparse, masks = qkit.sparsify(model, amounts, ignore=["rnn"], biases=True)
+    density = {name: float(mask.float().mean()) for name, mask in masks.kept.items()}
+    assert density == {
+        "conv.weight": 0.5, "conv.bias": 0.5, "up.weight": 0.75,
+        "up.bias": pytest.approx(4 / 6), "head.weight": pytest.approx(0.1),
+    }  # fmt: skip
+    for name, keep in masks.kept.items():  # the greatest stay
+        values = model.get_parameter(name).abs()
+        assert values[keep].min() >= values[~keep].max()
+        assert not sparse.get_parameter(name)[~keep].any()
+    _, some = qkit.sparsify(model, {"head": 0.5})
+    assert list(some.kept) == ["head.weight"]
+    _, all_of_them = qkit.sparsify(model, 0.5, scope="global", biases=True)
+    assert {"rnn.bias_hh_l0", "up.bias"} <= all_of_them.kept.keys()
 
 
 def test_taylor_and_snip_differ_where_batches_disagree():
@@ -106,6 +127,11 @@ def test_masks_hold_in_training(x):
     assert not torch.equal(model.head.weight, before)
     told = Masks.of(model)
     assert told.kept.keys() == masks.kept.keys()
+    nn.init.zeros_(model.conv.bias)  # as many start, and train from there
+    assert Masks.of(model).kept.keys() == told.kept.keys()
+    with torch.no_grad():
+        model.conv.bias[3] = 1
+    assert Masks.of(model).kept["conv.bias"].tolist() == [index == 3 for index in range(8)]
     train(model, x, optimizer, 1)
     assert model.head.weight.all()  # let go
 
@@ -135,6 +161,14 @@ def test_movement_keeps_what_moved_away_from_zero(x):
         ({"amount": "3:2"}, "N:M"),
         ({"scope": "net"}, "global"),
         ({"ignore": ["nothing"]}, "nothing"),
+        ({"amount": 0.99, "ignore": ["rnn"]}, r"without any weight.*head\.weight"),
+        ({"amount": 0.95, "scope": "row", "ignore": ["rnn"]}, r"without any weight.*head\.weight"),
+        ({"amount": {"haed": 0.5}}, "head"),
+        ({"amount": {}}, "no layer"),
+        ({"amount": {"head": 0.5, "conv": 0}}, "above 0"),
+        ({"amount": {0: 0.5}}, "as a text"),
+        ({"amount": {"head": 0.5, "conv": 0.5}, "scope": "global"}, "all of them together"),
+        ({"amount": "2:4", "biases": True}, "biases do not"),
     ],
 )
 def test_wrong_requests_are_refused(options, words):

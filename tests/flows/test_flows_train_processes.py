@@ -22,24 +22,30 @@ from test_flows_train_processes import build, trained
 from safetensors.torch import save_file
 import torch.distributed
 out = sys.argv[1]
-net, done = trained(8, out + "/run")
-if torch.distributed.get_rank() == 0:
-    assert done.history[-1]["val_accuracy"] >= 0
-    losses = torch.tensor([row["loss"] for row in done.history])
-    save_file({**net.state_dict(), "losses": losses}, out + "/net.safetensors")
+for kind in ("plain", "normed"):
+    net, done = trained(kind, 8, f"{out}/{kind}")
+    if torch.distributed.get_rank() == 0:
+        assert done.history[-1]["val_accuracy"] >= 0
+        losses = torch.tensor([row["loss"] for row in done.history])
+        save_file({**net.state_dict(), "losses": losses}, f"{out}/{kind}.safetensors")
 torch.distributed.destroy_process_group()
 """
 
 
-def build() -> nn.Sequential:
+def build(kind: str) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
+    if kind == "plain":
+        return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
+    return nn.Sequential(
+        *(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Unflatten(1, (4, 4))),
+        *(nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4, momentum=None), nn.Flatten(), nn.Linear(8, 3)),
+    )
 
 
-def trained(size: int, folder: str):
+def trained(kind: str, size: int, folder: str):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(45, 5, generator=generator)  # the last batch is odd, and shared unevenly
-    net, data = build(), labelled(x, x[:, :3].argmax(1))
+    net, data = build(kind), labelled(x, x[:, :3].argmax(1))
     options = TrainOptions(epochs=3, batch_size=size, optimizer="sgd", lr=0.1, clip=1.0)
     return net, train(net, data, val=data, options=options, folder=folder)
 
@@ -60,14 +66,16 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.code == 0, done.err
-    found = load_file(tmp_path / "net.safetensors")
-    net, one = trained(16, str(tmp_path / "one"))
-    for name, tensor in net.state_dict().items():
-        # Sums in another order: a few fp32 roundings (6e-8) in each of 9 steps.
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
-    losses = [row["loss"] for row in one.history]
-    assert found["losses"].tolist() == pytest.approx(losses, rel=1e-5)
-    assert names(tmp_path / "run") == names(tmp_path / "one")  # one process has written
+    for kind in ("plain", "normed"):
+        found = load_file(tmp_path / f"{kind}.safetensors")
+        net, one = trained(kind, 16, str(tmp_path / f"one-{kind}"))
+        for name, tensor in net.state_dict().items():
+            # Sums in another order: a few fp32 roundings (6e-8) in each of 9 steps.
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+        losses = [row["loss"] for row in one.history]
+        assert found["losses"].tolist() == pytest.approx(losses, rel=1e-5)
+        # One process has written.
+        assert names(tmp_path / kind) == names(tmp_path / f"one-{kind}")
 
 
 def test_parts_of_a_batch() -> None:

@@ -267,6 +267,7 @@ def test_factors_that_know_data_are_nearer_than_those_of_the_weights(model, batc
     for small in (plain, aware):
         pair = [embed(hidden(m, batch), batch) for m in (model, small)]
         cosines.append(float(nn.functional.cosine_similarity(*pair).mean()))
+    print(f"\nMiniLM factorized by half, mean cosine: SVD {cosines[0]:.3f}, aware {cosines[1]:.3f}")
     assert cosines[1] > cosines[0]
 
 

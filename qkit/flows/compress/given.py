@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -11,17 +11,30 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qkit.distill.match import listening
 from qkit.errors import UsageError
+from qkit.flows.distill import Teaching, distill
+from qkit.flows.distill_file import TEMPERATURE, matches_of
+from qkit.flows.quantize import resolve_recipe
 from qkit.flows.train import TrainData, TrainOptions, evaluate, train
 from qkit.flows.train.checkpoint import LAST
 from qkit.flows.train.score import Score, metric_of, named, objective_of
 from qkit.models import Inputs
 from qkit.pruning.masks import Masks
+from qkit.spec.plain import show
 
 Options = dict[str, Any]
 # Gradients that tell what matters are those of so many batches of the training data.
 GRADIENT_BATCHES, GRADIENT_SAMPLES = 4, 64
 _OWN = ("seed", "trackers")
+# How a training listens to the model as it was before the first step; without ``teacher``, the
+# weight of its answers, not at all.
+TEACHING: Options = {
+    "teacher": None,
+    "temperature": TEMPERATURE,
+    "match": [],
+    "teacher_precision": None,
+}
 
 
 def silent(text: str) -> None:
@@ -91,19 +104,24 @@ class Given:
         return sum(rest, start=first)
 
     def fit(self, model: nn.Module, options: Mapping[str, Any]) -> None:
-        """Train ``model`` in place, by the options of a recipe; what is zero stays so."""
+        """Train ``model`` in place, by the options of a recipe, with a ``teacher`` where they name
+        one; what is zero stays so."""
         assert self.data is not None
-        chosen, scored = train_options(options, self.seed), dict[str, Any](self.scored)
+        own, chosen = _parted(options)
+        how: dict[str, Any] = {"val": self.val, "options": train_options(chosen, self.seed)}
+        how |= {"told": self.told, **self.scored, **self.checkpoints()}
         with Masks.of(model).hold(model):
-            train(
-                model,
-                self.data,
-                val=self.val,
-                options=chosen,
-                told=self.told,
-                **scored,
-                **self.checkpoints(),
+            if own["teacher"] is None:
+                train(model, self.data, **how)
+                return
+            assert self.teacher is not None
+            teaching = Teaching(
+                own["teacher"],
+                own["temperature"],
+                matches_of(own["match"], model, self.teacher),
+                own["teacher_precision"],
             )
+            distill(model, self.teacher, self.data, teaching=teaching, **how)
 
 
 def train_options(options: Mapping[str, Any], seed: int = 0) -> TrainOptions:
@@ -135,7 +153,40 @@ def check_nested(step: str, options: Mapping[str, Any]) -> None:
         return
     if not isinstance(given, dict):
         raise UsageError(f"train of {step!r} has options of its own", got=repr(given))
-    train_options(given)
+    check_learning(step, given)
+
+
+def check_learning(step: str, options: Mapping[str, Any]) -> None:
+    """Check what a training listens to, and the rest of its options."""
+    own, chosen = _parted(options)
+    if own["teacher"] is not None:
+        with typed(step):
+            Teaching(own["teacher"], own["temperature"])
+    elif changed := [name for name in TEACHING if own[name] != TEACHING[name]]:
+        raise UsageError(
+            f"the option {changed[0]!r} in {step!r} is for a training with a teacher",
+            fix="teacher: 0.5, the weight of its answers",
+        )
+    match = own["match"]
+    if not isinstance(match, list) or not all(isinstance(each, str) for each in match):
+        raise UsageError(f"match of {step!r} is a list of texts", got=show(match))
+    if own["teacher_precision"] is not None:
+        resolve_recipe(own["teacher_precision"])
+    train_options(chosen)
+
+
+def _parted(options: Mapping[str, Any]) -> tuple[Options, Options]:
+    """What a training listens to, and the rest of its options."""
+    own = {name: options.get(name, default) for name, default in TEACHING.items()}
+    return own, {name: value for name, value in options.items() if name not in TEACHING}
+
+
+def matches_fit(texts: Sequence[str], student: nn.Module, teacher: nn.Module) -> None:
+    """Raise :class:`~qkit.errors.UsageError` for features that student or teacher does not have."""
+    for match in matches_of(texts, student, teacher):
+        for side, name in ((student, match.student), (teacher, match.teacher)):
+            with listening(side, [name]):
+                pass
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from qkit.flows.compress.given import (
     training_part,
     typed,
 )
-from qkit.flows.compress.kinds import StepKind, Written
+from qkit.flows.compress.kinds import StepKind, Written, anything_fits
 from qkit.flows.lower import check_request, known_target, lower, requested
 from qkit.flows.lower_float import check_float, lower_float
 from qkit.flows.qat import Qat
@@ -144,6 +144,7 @@ LOWERING: dict[str, StepKind] = {
         | training_defaults(epochs=6, lr=2e-4),
         _check_qat,
         write=_train_quantized,
+        fits=anything_fits,
         fixes=True,
         labelled=lambda options: True,
     ),
@@ -152,6 +153,7 @@ LOWERING: dict[str, StepKind] = {
         {"target": "onnx", "scheme": None, "ignore": [], "algorithm": AUTO, "observer": "minmax"},
         _check_export,
         write=_export,
+        fits=anything_fits,
         fixes=True,
         real=_static,
     ),

@@ -79,7 +79,11 @@ def _row(name: str, model: nn.Module, given: Given, seconds: float = 0.0) -> Row
 
 
 def check_training(plan: Plan, model: nn.Module, given: Given) -> None:
-    """Refuse data that do not fit ``model`` before any step is paid for."""
+    """Refuse data, and names in a step, that do not fit ``model`` before any step is paid for."""
+    for step in plan.steps:
+        STEPS[step.name].fits(model, step.options, given)
+        if STEPS[step.name].renames:
+            break
     if any(STEPS[step.name].labelled(step.options) for step in plan.steps):
         if given.data is None:
             raise UsageError("a step learns from labels, and no data are given", fix="data=")

@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from qkit.algorithms.sparse import Sparsity
 from qkit.errors import UsageError
 from qkit.flows.compress.given import Given, Options, check_nested, typed
-from qkit.flows.compress.kinds import StepKind
+from qkit.flows.compress.kinds import StepKind, names_fit
 from qkit.flows.factorize import factorize
 from qkit.flows.factors import Wanted as Factors
 from qkit.flows.iterate import (
@@ -20,7 +19,14 @@ from qkit.flows.iterate import (
     sparsify_iteratively,
 )
 from qkit.flows.prune import prune
-from qkit.flows.sparsify import CALIBRATED, GRADIENTS, METHODS, sparsify
+from qkit.flows.sparsify import (
+    CALIBRATED,
+    GRADIENTS,
+    METHODS,
+    check_sparsify,
+    sparsify,
+    sparsities,
+)
 from qkit.pruning.importance import check_importance
 from qkit.pruning.plan import ROUND_TO, check_amount
 from qkit.pruning.structured import UNITS
@@ -87,12 +93,23 @@ def _prune(model: nn.Module, options: Options, given: Given) -> nn.Module:
     return prune_iteratively(model, given.inputs, **both, **how, **options)[0]
 
 
+def _scoped(options: Options) -> Options:
+    """What decides which weights compete."""
+    scope = options["scope"] or METHODS[options["method"]]
+    return {"amount": options["amount"], "scope": scope, "biases": options["biases"]}
+
+
+def _sparsify_fits(model: nn.Module, options: Options, given: Given) -> None:
+    names_fit(model, options, given)
+    check_sparsify(model, **_scoped(options), ignore=options["ignore"])
+
+
 def _check_sparsify(options: Options) -> None:
     method = options["method"]
     if method not in METHODS:
         raise UsageError("unknown method", got=show(method), wanted=", ".join(METHODS))
     with typed("sparsify"):
-        Sparsity.parse(options["amount"], options["scope"] or METHODS[method])
+        sparsities(**_scoped(options))
     _check_steps("sparsify", options)
     if options["train"] is not None:
         check_share(options["amount"])
@@ -120,6 +137,7 @@ SHRINKING: dict[str, StepKind] = {
         },
         _check_factorize,
         _factorize,
+        renames=True,
         zeros=False,
     ),
     "prune": StepKind(
@@ -142,9 +160,11 @@ SHRINKING: dict[str, StepKind] = {
     ),
     "sparsify": StepKind(
         "zeros in place of single weights",
-        {"amount": 0.5, "method": "magnitude", "scope": None, "ignore": []} | _STEPS,
+        {"amount": 0.5, "method": "magnitude", "scope": None, "biases": False, "ignore": []}
+        | _STEPS,
         _check_sparsify,
         _sparsify,
+        fits=_sparsify_fits,
         labelled=lambda options: options["train"] is not None or options["method"] in GRADIENTS,
         real=lambda options: options["method"] in CALIBRATED,
     ),

@@ -25,6 +25,7 @@ from qkit.flows.train.checkpoint import (
     resume_from,
     write_checkpoint,
 )
+from qkit.flows.train.norms import GlobalBatchNorm
 from qkit.flows.train.options import TrainOptions
 from qkit.flows.train.process import groups, local_part, own_randomness, seed_all, start
 from qkit.flows.train.record import Told, in_words, log_file, write_metrics
@@ -258,9 +259,9 @@ class _Run:
         for index, batch in enumerate(mine):
             last = index == len(mine) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                loss = self.objective(
-                    self.wrapped(*batch.inputs.args, **batch.inputs.kwargs), batch
-                )
+                with GlobalBatchNorm() if self.processes > 1 else nullcontext():
+                    output = self.wrapped(*batch.inputs.args, **batch.inputs.kwargs)
+                    loss = self.objective(output, batch)
                 value = float(loss.detach())
                 if not abs(value) < float("inf"):
                     raise InputError(
