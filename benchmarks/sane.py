@@ -15,6 +15,11 @@ EXPECTED: dict[str, dict[str, set[str]]] = {
         "treatment": {"onnxruntime static", "static, minmax", "static, mse", "dynamic"},
     },
     "compression": {"kind": {"coded", "distill"}, "verified": {"verified"}},
+    "contenders": {
+        "case": {"digits"},
+        "contender": {"float", "float again", "w8a16", "w4a16-g32"}
+        | {"int8 inductor", "int8 xnnpack", "int8 onnx"},
+    },
     "kernels": {
         "kind": {"layer", "latency", "bandwidth", "peak"},
         "contender": {"qkit", "torch", "torch int8pack", "torchao", "optimum-quanto"}

@@ -263,10 +263,39 @@ def algorithms() -> str:
     return markdown(["model", "minmax", *(name.removeprefix("minmax, ") for name in names)], rows)
 
 
+def contenders() -> str:
+    """``qkit bench`` of one model in six forms, and how often it said the same again."""
+    records = [r for r in read("contenders") if "case" in r]
+    if not records:
+        return "Not measured yet."
+    rows = []
+    for case, name in dict.fromkeys((r["case"], r["contender"]) for r in records):
+        found = [r for r in records if (r["case"], r["contender"]) == (case, name)]
+        first, again = found[0], found[1:]
+        if first.get("failure"):
+            rows.append([case, name, f"failed: {first['failure'][:80]}", *[""] * 5])
+            continue
+        low, high = first["ci"]
+        within = sum(r["within"] for r in again)
+        speed = f"{first['speedup']:.2f}x, {first['verdict']}" if "speedup" in first else ""
+        rows.append(
+            [
+                *(case, name, f"{first['ms']:.3g} ms ({low:.3g} to {high:.3g})", speed),
+                f"{first['bytes'] / 1e6:.2f} MB",
+                f"{first['sqnr_db']:.1f} dB" if "sqnr_db" in first else "",
+                f"{first['metric']:g}",
+                f"{within} of {len(again)}",
+            ]
+        )
+    head = ["model", "as", "a call (interval)", "over float", "size", "SQNR", "metric"]
+    return markdown([*head, "runs inside the interval"], rows)
+
+
 TABLES = {
     "accuracy": accuracy,
     "algorithms": algorithms,
     "compression": compression,
+    "contenders": contenders,
     "ledger": ledger,
     "pruning": pruning,
     "quality": quality,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -60,22 +62,17 @@ class QLinear(QLayer):
         third = (
             own["weight_levels"] if self._op == "linear_codebook" else own.get("weight_zero_point")
         )
-        given = weight, scale, third, bias, self.bits, self.group
-        static = None
-        if acts is not None and acts.when == "static":
-            range_ = own["input_scale"]
-            assert range_ is not None
-            static = range_, own.get("input_zero_point")
+        given: tuple[Any, ...] = weight, scale, third, bias, self.bits, self.group
+        if acts is not None:
+            assert isinstance(acts.format, Int)
+            if acts.when == "static":
+                given += acts.format.bits, own["input_scale"], own.get("input_zero_point")
+            else:
+                full = acts.symmetric and not acts.format.narrow
+                given += acts.format.bits, acts.symmetric, full
         if not torch.compiler.is_compiling():
-            done = eager.call(self._kept, self._op, x, *given, acts, static)
+            done = eager.linear(self._op, self._kept, x, *given)
             if done is not None:
                 return done
-        if self._op == "linear_codebook":
-            return ops.linear_codebook(x, *given)
-        if acts is None:
-            return ops.linear(x, *given)
-        assert isinstance(acts.format, Int)
-        if static is None:
-            full = acts.symmetric and not acts.format.narrow
-            return ops.linear_dynamic(x, *given, acts.format.bits, acts.symmetric, full)
-        return ops.linear_static(x, *given, acts.format.bits, *static)
+        found: Tensor = getattr(ops, self._op)(x, *given)
+        return found

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from qkit import native as library
 from qkit.ops import convolutions, native
-from qkit.spec import Int, QSpec
 
 # Who counts calls at the moment: see qkit.ops.count_calls.
 counters: list[Counter[str]] = []
@@ -45,9 +44,9 @@ class Kept:
         return Kept, ()
 
 
-def call(
-    kept: Kept,
+def linear(
     name: str,
+    kept: Kept,
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -55,13 +54,10 @@ def call(
     bias: Tensor | None,
     bits: int,
     group: int,
-    acts: QSpec | None = None,
-    static: tuple[Tensor, Tensor | None] | None = None,
+    *acts: Any,
 ) -> Tensor | None:
-    """The operator ``name`` on the kernels; None where it has to go through the dispatcher.
-
-    ``third`` is the zero point, or the levels of a codebook; ``acts`` how the input is quantized,
-    if it is, and ``static`` its scale and zero point where they are known.
+    """The operator ``name``, one of the linear ones, on the kernels; None where it has to go
+    through the dispatcher. ``third`` is the zero point, or the levels of a codebook.
     """
     if x.dtype not in native.TYPES or x.ndim == 0:
         return None
@@ -70,13 +66,12 @@ def call(
     kernels = library.library()
     if stored is None or kernels is None:
         return None
+    rounded = native.ACTS[name](*acts)
+    if rounded is None:
+        return None
     if counters:
         count(name, library.isa())
-    if static is None:
-        return native.multiply(kernels, x, stored, native.acts_of(acts))
-    assert acts is not None
-    assert isinstance(acts.format, Int)
-    return native.multiply(kernels, x, stored, native.static_acts(acts.format, *static))
+    return native.multiply(kernels, x, stored, rounded)
 
 
 def convolve(

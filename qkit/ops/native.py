@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qkit import native
 from qkit.packing import packed_words
-from qkit.spec import Int, QSpec
+from qkit.spec import Int
 from qkit.spec.granularity import ceil_div
 
 # What the kernels read and write, by their number for it; fp64 would lose precision.
@@ -30,6 +30,8 @@ BYTES = (torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 # What becomes of the activations: `kind` in kernels/qkit.h.
 EXACT, SYMMETRIC, AFFINE, STATIC = range(4)
 _EXACT = native.Acts(EXACT, 0, 0, 0.0, 0)
+
+
 
 
 class Stored:
@@ -137,14 +139,14 @@ def _linear(
     bias: Tensor | None,
     bits: int,
     group: int,
-    acts: Callable[[], native.Acts],
+    acts: native.Acts | None = _EXACT,
     levels: Tensor | None = None,
 ) -> Tensor | None:
     kernels = native.library()
     if kernels is None or x.dtype not in TYPES or x.device.type != "cpu" or x.ndim == 0:
         return None
     w = stored(weight, scale, zero_point, bias, bits, group, x.shape[-1], levels)
-    return None if w is None else multiply(kernels, x, w, acts())
+    return None if w is None or acts is None else multiply(kernels, x, w, acts)
 
 
 def linear(
@@ -157,7 +159,7 @@ def linear(
     group: int,
 ) -> Tensor | None:
     """``qkit::linear``; None where the reference has to do it (or to refuse it)."""
-    return _linear(x, weight, scale, zero_point, bias, bits, group, lambda: _EXACT)
+    return _linear(x, weight, scale, zero_point, bias, bits, group)
 
 
 def linear_codebook(
@@ -170,7 +172,7 @@ def linear_codebook(
     group: int,
 ) -> Tensor | None:
     """``qkit::linear_codebook``; None where the reference has to do it (or to refuse it)."""
-    return _linear(x, weight, scale, None, bias, bits, group, lambda: _EXACT, levels)
+    return _linear(x, weight, scale, None, bias, bits, group, levels=levels)
 
 
 def linear_dynamic(
@@ -186,25 +188,8 @@ def linear_dynamic(
     act_full: bool = False,
 ) -> Tensor | None:
     """``qkit::linear_dynamic``; None where the reference has to do it (or to refuse it)."""
-    if not 2 <= act_bits <= 8:
-        return None
-    acts = _dynamic(Int(act_bits, narrow=act_symmetric and not act_full), act_symmetric)
-    return _linear(x, weight, scale, zero_point, bias, bits, group, lambda: acts)
-
-
-@functools.cache
-def _dynamic(fmt: Int, symmetric: bool) -> native.Acts:
-    """Integers with the scale of each row."""
-    return native.Acts(SYMMETRIC if symmetric else AFFINE, fmt.qmin, fmt.qmax, 0.0, 0)
-
-
-@functools.cache
-def acts_of(spec: QSpec | None) -> native.Acts:
-    """What becomes of activations that are left alone, or quantized dynamically."""
-    if spec is None:
-        return _EXACT
-    assert isinstance(spec.format, Int)
-    return _dynamic(spec.format, spec.symmetric)
+    acts = dynamic_acts(act_bits, act_symmetric, act_full)
+    return _linear(x, weight, scale, zero_point, bias, bits, group, acts)
 
 
 def linear_static(
@@ -220,27 +205,37 @@ def linear_static(
     act_zero_point: Tensor | None,
 ) -> Tensor | None:
     """``qkit::linear_static``; None where the reference has to do it (or to refuse it)."""
-    one = act_scale.numel() == 1 and (act_zero_point is None or act_zero_point.numel() == 1)
-    if not 2 <= act_bits <= 8 or not one:
+    acts = static_acts(act_bits, act_scale, act_zero_point)
+    return _linear(x, weight, scale, zero_point, bias, bits, group, acts)
+
+
+@functools.cache
+def dynamic_acts(bits: int, symmetric: bool, full: bool = False) -> native.Acts | None:
+    """Integers with the scale of each row, ``full`` if symmetric ones use the lowest too; None for
+    other ``bits`` than the kernels take."""
+    if not 2 <= bits <= 8:
         return None
-
-    fmt = Int(act_bits, narrow=act_zero_point is None)
-    return _linear(
-        x,
-        weight,
-        scale,
-        zero_point,
-        bias,
-        bits,
-        group,
-        lambda: static_acts(fmt, act_scale, act_zero_point),
-    )
+    fmt = Int(bits, narrow=symmetric and not full)
+    return native.Acts(SYMMETRIC if symmetric else AFFINE, fmt.qmin, fmt.qmax, 0.0, 0)
 
 
-def static_acts(fmt: Int, scale: Tensor, zero_point: Tensor | None) -> native.Acts:
-    """Integers with a scale that is known."""
-    zero = 0 if zero_point is None else int(zero_point)
+def static_acts(bits: int, scale: Tensor, zero_point: Tensor | None) -> native.Acts | None:
+    """Integers with a scale that is known; None for other ``bits`` than the kernels take, or for
+    more than one scale."""
+    one = scale.numel() == 1 and (zero_point is None or zero_point.numel() == 1)
+    if not 2 <= bits <= 8 or not one:
+        return None
+    fmt, zero = Int(bits, narrow=zero_point is None), 0 if zero_point is None else int(zero_point)
     return native.Acts(STATIC, fmt.qmin, fmt.qmax, float(scale), zero)
+
+
+# What becomes of the activations, by the operator, from its arguments after those of `linear`.
+ACTS: dict[str, Callable[..., native.Acts | None]] = {
+    "linear": lambda: _EXACT,
+    "linear_codebook": lambda: _EXACT,
+    "linear_dynamic": dynamic_acts,
+    "linear_static": static_acts,
+}
 
 
 def _decode(

