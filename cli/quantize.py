@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     default="auto",
     show_default=True,
     help="rtn; gptq or adaround (need --calib); auto: gptq below 8 bits where there is --calib. "
-    "For int8 activations with a --target other than torch also equalization, smoothquant and "
-    "bias-correction, joined by +.",
+    "For int8 activations with a --target other than torch also equalization, smoothquant, "
+    "bias-correction and least-squares, joined by +.",
 )
 @click.option(
     "--backend",

@@ -21,7 +21,7 @@ from qkit.errors import CoverageError, RequestError, UsageError
 from qkit.flows.check import expected, inputs_of
 from qkit.flows.data import Data
 from qkit.flows.evaluate import eval_mode, for_dtype
-from qkit.flows.pt2e import Prepared, prepare, unfolded
+from qkit.flows.pt2e import Prepared, convert, prepare, unfolded
 from qkit.flows.treat import harmless
 from qkit.graph.partial import Partial
 from qkit.models import Inputs, flatten, leading, run
@@ -218,7 +218,7 @@ def of_artifact(
 
     The runtime's file holds no layers that could be switched, so the program is made again, from
     the recipe in the artifact. With the data that it was calibrated with, it is the same program,
-    but for weights and biases that were found by more than rounding.
+    and layers are judged with the weights and biases that they had before any were fitted.
     """
     meta = artifact.meta
     asked = Recipe.from_json(meta.get("recipe"))
@@ -229,21 +229,20 @@ def of_artifact(
             where=str(artifact.path),
             fix="qkit quantize with --target torch, and compare that artifact",
         )
-    prepared = prepare(
-        model,
-        recipe,
-        data,
-        dialect=backend(artifact.target).dialect(meta.get("options") or {}),
-        observer=meta.get("observer", "minmax"),
-    )
+    dialect = backend(artifact.target).dialect(meta.get("options") or {})
+    observer = meta.get("observer", "minmax")
+    prepared = prepare(model, recipe, data, dialect=dialect, observer=observer)
     fixed = prepared.captured.shapes is None
     inputs = data.first() if fixed else data.head(SAMPLES)
     program = GraphModel(prepared, inputs)
     found = per_layer(program, f"{data.origin}, {leading(inputs)} samples", gain=gain)
-    if recipe != asked:  # of other weights and biases, on purpose
-        return found
-    program.inputs = inputs_of(artifact)
-    outputs, _ = program.run(program.layers)
+    again = inputs_of(artifact)
+    if recipe == asked:
+        program.inputs = again
+        outputs, _ = program.run(program.layers)
+    else:
+        made = convert(model, asked, data, dialect=dialect, observer=observer)
+        outputs = run(made.module, again)
     wanted = [t for name, t in expected(artifact).items() if name.startswith("module.")]
     errors = compare_tensors(wanted, outputs)
     return replace(found, reproduced=errors.max_abs <= 1e-5 * errors.max_ref)

@@ -6,6 +6,8 @@
 ``gptq``,           which way each weight is rounded is learnt from the second moments of its inputs
 ``adaround``        (:mod:`qkit.algorithms`)
 ``bias-correction`` each layer's outputs get the means back that they have in the float model
+``least-squares``   weights and biases are fitted, layer by layer, to what the errors of the layers
+                    before have made of the inputs (:mod:`qkit.algorithms.least_squares`)
 ==================  ================================================================================
 
 The first two change what is quantized (:func:`before`), and leave what the float model computes;
@@ -16,32 +18,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from qkit.algorithms import CALIBRATED, Stats
 from qkit.algorithms.equalization import below, cross_layer, smooth
 from qkit.flows.calibrate import parts
 from qkit.flows.data import Data
+from qkit.flows.refit import LEAST_SAMPLES, refit, round_weight, weight_node
+from qkit.flows.vectors import groups_of, vectors
 from qkit.graph.kinds import attribute, bias_of
 from qkit.graph.links import Link, Links, ceiling_of, channel_axis
-from qkit.graph.norms import give_bias, merge, put
+from qkit.graph.norms import give_bias, merge
 from qkit.graph.sites import Site
-from qkit.models import Inputs
-from qkit.nn import QUANTIZED
-from qkit.numerics import dequantize
+from qkit.models import Inputs, leading
 from qkit.spec import Recipe, Rule
 
 EQUALIZATION, SMOOTHQUANT, BIAS = "equalization", "smoothquant", "bias-correction"
+FIT = "least-squares"
 # Those that change what is quantized, but not what the float model computes.
 HARMLESS = (EQUALIZATION, SMOOTHQUANT)
 # Pairs of neighbours are equalized in turn until no factor is this far from 1, or so many times.
 SETTLED, ROUNDS = 0.01, 40
-# Samples whose outputs are held in memory, all of one layer at a time, to correct biases.
-BIAS_SAMPLES = 32
+# Samples that layers are fitted to: what two of the nodes make of them is in memory at a time.
+FIT_SAMPLES = 32
 
 
 def harmless(recipe: Recipe) -> Recipe:
@@ -73,7 +75,7 @@ def before(module: fx.GraphModule, sites: Sequence[Site], data: Data) -> list[st
             + (f", {apart} of them by a product of its own" if apart else "")
         )
     uses = [site.weight for site in sites]
-    for site in _named(sites, BIAS):
+    for site in _named(sites, BIAS, FIT):
         name = site.weight
         if name is not None and uses.count(name) == 1 and bias_of(site.node) is None:
             give_bias(module, site.node, name)
@@ -90,20 +92,35 @@ def after(
     ``inputs`` gives some samples that the program takes as one batch.
     """
     nodes = {node.name: node for node in prepared.graph.nodes}
+    fitted = _named(sites, BIAS, FIT)
+    given = inputs(FIT_SAMPLES) if fitted else None
+    if given is None or leading(given) < LEAST_SAMPLES:
+        fitted = []
+    later = {site.node for site in fitted if FIT in site.algorithms}
     for name in CALIBRATED:
-        if chosen := _named(sites, name):
-            _round(prepared, [nodes[site.node.name] for site in chosen], name, data)
-    if chosen := _named(sites, BIAS):
-        _correct(prepared, [nodes[site.node.name] for site in chosen], inputs(BIAS_SAMPLES))
+        chosen = [site.node for site in _named(sites, name) if site.node not in later]
+        if chosen:
+            _round(prepared, [nodes[node.name] for node in chosen], name, data)
+    if given is not None and fitted:
+        refit(prepared, {nodes[site.node.name]: _rounding(site) for site in fitted}, given)
 
 
-def _named(sites: Iterable[Site], algorithm: str) -> list[Site]:
-    """The quantized layers by whose rule ``algorithm`` is used."""
+def _named(sites: Iterable[Site], *algorithms: str) -> list[Site]:
+    """The quantized layers by whose rule one of ``algorithms`` is used."""
     return [
         site
         for site in sites
-        if site.scheme is not None and algorithm in site.algorithms and site.kind != "LSTM"
+        if site.scheme is not None
+        and not set(algorithms).isdisjoint(site.algorithms)
+        and site.kind != "LSTM"
     ]
+
+
+def _rounding(site: Site) -> str | None:
+    """By what the weight of ``site`` is rounded once it is fitted; None where only its bias is."""
+    if FIT not in site.algorithms:
+        return None
+    return next((name for name in site.algorithms if name in CALIBRATED), "rtn")
 
 
 def _links(module: fx.GraphModule, sites: Sequence[Site], name: str) -> tuple[Links, list[Link]]:
@@ -171,7 +188,7 @@ def _smooth(links: Links, found: list[Link], data: Data) -> None:
         for reader in link.readers:
             source = reader.args[0]
             assert isinstance(source, fx.Node)
-            conv = attribute(links.module, _weight(reader)).dim() > 2
+            conv = attribute(links.module, weight_node(reader)).dim() > 2
             watched[source] = 1 if conv else source.meta["val"].dim() - 1
         watched |= {n: channel_axis(link.maker) for n in link.between if ceiling_of(n) is not None}
     greatest = magnitudes(links.module, watched, data)
@@ -184,27 +201,20 @@ def _smooth(links: Links, found: list[Link], data: Data) -> None:
         links.scale(link, factor)
 
 
-def _weight(node: fx.Node) -> fx.Node:
-    """The parameter of a layer, also behind its observer."""
-    weight: Any = node.args[1]
-    return weight if weight.op == "get_attr" else weight.args[0]  # type: ignore[no-any-return]
-
-
 def _round(prepared: fx.GraphModule, layers: list[fx.Node], name: str, data: Data) -> None:
     """Round the weights of ``layers`` by the algorithm ``name``: each becomes a number that its
     observer's scale has a code for."""
-    from qkit.graph.observe import PerChannelRange
     from qkit.graph.simulate import Simulated
 
     by_name = {node.name: node for node in layers}
-    shapes = {node.name: attribute(prepared, _weight(node)).shape for node in layers}
+    shapes = {node.name: attribute(prepared, weight_node(node)).shape for node in layers}
     columns = {each: shape[1:].numel() for each, shape in shapes.items()}
-    groups = {each: _groups(node) for each, node in by_name.items()}
+    groups = {each: groups_of(node) for each, node in by_name.items()}
     for part in parts({each: 4 * groups[each] * columns[each] ** 2 for each in by_name}):
         stats = {each: Stats.empty(groups[each], columns[each]) for each in part}
 
         def see(node: fx.Node, args: Any, value: Any, stats: Any = stats) -> Any:
-            stats[node.name].update(_vectors(args, shapes[node.name]))
+            stats[node.name].update(vectors(args, shapes[node.name]))
             return value
 
         program = Simulated(prepared, part, see)
@@ -212,97 +222,4 @@ def _round(prepared: fx.GraphModule, layers: list[fx.Node], name: str, data: Dat
             for batch in data.stream():
                 program.forward(batch.args, batch.kwargs)
         for each in part:
-            node = by_name[each]
-            weight, watcher = _weight(node), node.args[1]
-            observer = prepared.get_submodule(str(watcher.target))  # type: ignore[union-attr]
-            if not (isinstance(observer, PerChannelRange) and stats[each].vectors):
-                continue
-            before = attribute(prepared, weight)
-            spec = observer.observer.spec
-            q = CALIBRATED[name](before.flatten(1), spec, stats[each], name=str(weight.target))
-            rounded = dequantize(q).reshape(before.shape)
-            put(prepared, str(weight.target), nn.Parameter(rounded, requires_grad=False))
-
-
-def _groups(node: fx.Node) -> int:
-    groups: Any = node.args[6] if len(node.args) > 6 else 1
-    return int(groups)
-
-
-def _vectors(args: tuple[Any, ...], shape: torch.Size) -> Tensor:
-    """What a weight of ``shape`` is multiplied with, of the arguments of its operator:
-    ``[groups, vectors, columns]``."""
-    x: Tensor = args[0]
-    n = len(shape) - 2
-    if n == 0:
-        return x.reshape(1, -1, x.shape[-1])
-    given: list[Any] = list(args[3:7])
-    stride, padding, dilation, groups = given + [1, 0, 1, 1][len(given) :]
-    stride, dilation = (_each(v, n) for v in (stride, dilation))
-    if padding == "same":
-        whole = [d * (k - 1) for k, d in zip(shape[2:], dilation, strict=True)]
-        around = [(total // 2, total - total // 2) for total in whole]
-    else:
-        around = [(p, p) for p in _each(0 if padding == "valid" else padding, n)]
-    layer = SimpleNamespace(
-        kernel_size=tuple(shape[2:]),
-        stride=stride,
-        dilation=dilation,
-        groups=groups,
-        padding_mode="zeros",
-        _reversed_padding_repeated_twice=[p for pair in around[::-1] for p in pair],
-    )
-    convolution: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[n]
-    vectors: Tensor = QUANTIZED[convolution].input_vectors(layer, x)
-    return vectors
-
-
-def _each(value: Any, n: int) -> tuple[int, ...]:
-    """A size for each dimension of space."""
-    values = tuple(value) if isinstance(value, list | tuple) else (value,)
-    return values * n if len(values) == 1 else values
-
-
-def _correct(prepared: fx.GraphModule, layers: list[fx.Node], inputs: Inputs) -> None:
-    """Add to each bias what quantization takes from the mean of its outputs, layer by layer.
-
-    A layer's inputs are those that the quantized program gives it, with the biases before it
-    corrected. Nagel et al. 2019 (arXiv 1906.04721), section 4.2, from data (appendix D).
-    """
-    from qkit.graph.simulate import Simulated
-
-    names = {node.name: _bias(node) for node in layers}
-    chosen = [bias for bias in names.values() if bias is not None]
-    shared = {bias for bias in chosen if chosen.count(bias) > 1}
-    names = {name: bias for name, bias in names.items() if bias and bias not in shared}
-    means: dict[str, Tensor] = {}
-
-    def mean(args: Any, value: Tensor) -> Tensor:
-        axis = 1 if args[1].dim() > 2 else value.dim() - 1
-        return value.detach().double().movedim(axis, 0).flatten(1).mean(1)
-
-    def note(node: fx.Node, args: Any, value: Tensor) -> Tensor:
-        means[node.name] = mean(args, value)
-        return value
-
-    def correct(node: fx.Node, args: Any, value: Tensor) -> Tensor:
-        lost = (means[node.name] - mean(args, value)).float()
-        name = names[node.name]
-        assert name is not None
-        owner, _, leaf = name.rpartition(".")
-        bias = getattr(prepared.get_submodule(owner), leaf).detach()
-        put(prepared, name, nn.Parameter(bias + lost, requires_grad=False))
-        return value + (lost.reshape(-1, *[1] * (args[1].dim() - 2)))
-
-    with torch.no_grad():
-        for see, rounding in ((note, False), (correct, True)):
-            program = Simulated(prepared, names, see)
-            program.forward(inputs.args, inputs.kwargs, rounding=rounding)
-
-
-def _bias(node: fx.Node) -> str | None:
-    """The name of the parameter that is the bias of ``node``, also behind its observer."""
-    bias: Any = node.args[2] if len(node.args) > 2 else None
-    if isinstance(bias, fx.Node) and bias.op == "call_module":
-        bias = bias.args[0]
-    return str(bias.target) if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
+            round_weight(prepared, by_name[each], name, stats[each])

@@ -12,7 +12,7 @@ from qkit.errors import UsageError
 from qkit.flows import lower
 from qkit.flows.pt2e import convert, finish, prepare
 from qkit.flows.treat import harmless
-from qkit.graph.simulate import Simulated
+from qkit.graph.simulate import Beside, Simulated
 from qkit.numerics import choose_qparams
 from qkit.report import compare
 from qkit.spec import Recipe, Rule, parse
@@ -153,6 +153,75 @@ def test_biases_give_the_means_back(mobile, images):
         done = convert(mobile, recipe, images, dialect="inductor").module(images).mean(0)
         far.append(float((done.detach() - wanted).norm()))
     assert far[1] < 0.05 * far[0]
+
+
+def test_few_samples_say_nothing_of_a_mean(mobile, images):
+    biases = []
+    for x in (images[:7], images):
+        recipe = Recipe.simple(parse("int8-static"), algorithm="bias-correction")
+        biases.append(prepare(mobile, recipe, x).module.get_parameter("head.bias"))
+    assert torch.equal(biases[0], mobile.head.bias)
+    assert not torch.equal(biases[1], mobile.head.bias)
+
+
+def test_weights_are_fitted_to_what_the_errors_before_made_of_their_inputs(mobile, images):
+    others = torch.randn(24, 3, 17, 17)
+    with torch.no_grad():
+        wanted = mobile(others)
+    levels = {}
+    for name in ("rtn", "bias-correction", "least-squares", "least-squares+gptq"):
+        recipe = Recipe.simple(parse("int8-static"), algorithm=name)
+        done = convert(mobile, recipe, images).module
+        levels[name] = sqnr(wanted, done(others))
+        codes = [t for t in done.buffers() if t.dtype == torch.int8 and t.dim() > 1]
+        assert len(codes) == 8
+        # The range is that of the fitted weight: each row uses its codes.
+        if name != "least-squares+gptq":
+            assert all((t.int().flatten(1).abs().amax(1) == 127).all() for t in codes)
+    assert levels["least-squares"] > levels["rtn"] + 1.5
+    assert levels["least-squares+gptq"] > levels["rtn"] + 1.5
+
+
+def test_both_programs_run_beside_each_other(mobile, images):
+    prepared = prepare(mobile, "int8-static", images).module
+    alone = Simulated(prepared, (), lambda node, args, value: value)
+    layers = [node for node in prepared.graph.nodes if "conv2d" in str(node.target)]
+    exact: list[Tensor] = []
+
+    def fit(node, rounded, value):
+        exact.append(value)
+        return node.target(*rounded)
+
+    with torch.no_grad():
+        both = Beside(prepared, layers, fit).call((images,), {})
+        wanted = alone.forward((images,), {}, rounding=True)
+    assert torch.equal(both, wanted)
+    assert len(exact) == len(layers) == 7
+    with torch.no_grad():
+        torch.testing.assert_close(exact[0].relu(), mobile.stem(images).relu())
+
+
+class Twice(nn.Module):
+    """A layer in two places, and one without a bias between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(12, 12), nn.Linear(12, 12, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(self.two(self.one(x).relu()).relu())
+
+
+@pytest.mark.parametrize("scheme", ["int8-static", "int8-dynamic"])
+def test_what_two_places_share_is_not_fitted(scheme):
+    model, x = Twice().eval(), torch.randn(32, 10, 12)
+    recipe = Recipe.simple(parse(scheme), algorithm="least-squares")
+    prepared = prepare(model, recipe, x).module
+    for name in ("one.weight", "one.bias"):
+        assert torch.equal(prepared.get_parameter(name), model.get_parameter(name))
+    assert not torch.equal(prepared.get_parameter("two.weight"), model.two.weight)
+    nearest, fitted = gained(model, x, "least-squares", scheme=scheme)
+    assert fitted > nearest - 0.2
 
 
 class Without(nn.Module):
