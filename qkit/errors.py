@@ -20,7 +20,8 @@ what was found, what was wanted and how to fix it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 EXIT_OK = 0
 EXIT_INTERRUPTED = 130
@@ -135,3 +136,16 @@ def nearest(name: str, known: Iterable[str], limit: int = 5) -> str:
 def first_line(error: BaseException, length: int = 300) -> str:
     """The first line of the message of somebody else's error, at a length to read."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:length]
+
+
+@contextmanager
+def users_code(what: str, *, where: str | None = None, wanted: str | None = None) -> Iterator[None]:
+    """What a user's own code raises in this block is an :class:`InputError`: ``what`` fails."""
+    try:
+        yield
+    except QkitError:
+        raise
+    except Exception as error:  # anything at all
+        raise InputError(
+            f"{what} fails: {type(error).__name__}: {first_line(error)}", where=where, wanted=wanted
+        ) from error

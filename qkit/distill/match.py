@@ -52,7 +52,8 @@ def listening(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tens
     modules, seen, handles = dict(model.named_modules()), {}, []
     for name in dict.fromkeys(names):
         if name not in modules:
-            raise UsageError("no such module", got=repr(name), wanted=nearest(name, modules))
+            known = [each for each in modules if each]
+            raise UsageError("no such module", got=repr(name), wanted=nearest(name, known))
 
         def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
             found = next(flatten(output), None)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkit.errors import InputError, QkitError, UsageError, first_line
+from qkit.errors import InputError, UsageError, users_code
 from qkit.flows.evaluate import AnyInputs, as_inputs
 from qkit.models import (
     ImageOptions,
@@ -112,7 +112,7 @@ def from_iterable(make: Callable[[], Iterable[Any]], origin: str) -> Data:
     """
 
     def stream() -> Iterator[Inputs]:
-        try:
+        with users_code("the function of batches", where=origin, wanted="an iterable of batches"):
             for given in make():
                 if not isinstance(given, Inputs | Tensor | tuple | list | dict):
                     raise InputError(
@@ -121,14 +121,6 @@ def from_iterable(make: Callable[[], Iterable[Any]], origin: str) -> Data:
                         got=type(given).__name__,
                     )
                 yield replace(as_inputs(given), origin=origin)
-        except QkitError:
-            raise
-        except Exception as error:  # the user's own code
-            raise InputError(
-                f"the function of batches fails: {type(error).__name__}: {first_line(error)}",
-                where=origin,
-                wanted="an iterable of batches",
-            ) from error
 
     return Data(origin, lambda: _checked(stream()))
 

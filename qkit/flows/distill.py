@@ -18,7 +18,7 @@ from qkit.flows.evaluate import eval_mode, for_dtype
 from qkit.flows.ptq import Progress, no_progress
 from qkit.flows.quantize import quantize
 from qkit.flows.train import Batch, TrainData, Trained, TrainOptions, labelled, train
-from qkit.flows.train.check import as_train_data
+from qkit.flows.train.check import as_train_data, check_data
 from qkit.flows.train.record import Told
 from qkit.flows.train.score import Objective, Score, objective_of
 from qkit.flows.train.tables import main_output
@@ -81,6 +81,8 @@ def distill(
     data = as_train_data(data)
     first = next(data.epoch(0, 0, 2, shuffle=False)).part(slice(2))
     ours, theirs = _first_answers(student, teacher, first, teaching)
+    if first.targets is not None:  # all of them, before the first step
+        check_data(student, data, objective_of(loss), loss)
     lecturer = _lowered(teacher, teaching.precision)
     if teaching.cache is not None:
         data = _cached(lecturer, data, teaching, told)

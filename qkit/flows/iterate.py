@@ -43,12 +43,18 @@ class Steps:
     floor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.schedule not in SCHEDULES:
+        whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
+        if not whole or self.steps < 1 or self.schedule not in SCHEDULES:
             raise UsageError(
                 "no such schedule",
                 got=f"{self.steps} steps, {self.schedule}",
-                wanted=", ".join(SCHEDULES),
+                wanted=f"1 step or more, {', '.join(SCHEDULES)}",
             )
+        for name, value in (("drop", self.drop), ("floor", self.floor)):
+            if value is not None and (not isinstance(value, int | float) or value != value):
+                raise UsageError(f"{name} is a number of the metric", got=repr(value))
+        if self.drop is not None and self.drop < 0:
+            raise UsageError("a drop is 0 or more below the metric of the start", got=self.drop)
         if self.drop is not None and self.floor is not None:
             raise UsageError("give drop or floor, not both")
 

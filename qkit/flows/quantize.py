@@ -38,6 +38,7 @@ from qkit.nn import keep_floats, tree
 from qkit.packing import container
 from qkit.report import Report
 from qkit.spec import Float, Recipe, Scheme, parse
+from qkit.spec.plain import show
 from qkit.targets import CODED, COMPRESSED, GGUF, check_format, coded, compressed_tensors, gguf
 from qkit.targets import check as check_target
 from qkit.targets.staging import check_destination, check_file_destination
@@ -59,6 +60,8 @@ def resolve_recipe(
             raise UsageError("the recipe quantizes nothing: no rule has a scheme")
         main, recipe = schemes[-1], scheme
     else:
+        if not isinstance(scheme, str | Scheme):
+            raise UsageError("a scheme is a name", got=show(scheme), fix="see: qkit schemes")
         main = parse(scheme, group_size) if isinstance(scheme, str) else scheme
         algorithm = resolve_algorithm(main, algorithm, calibrated=calibrated)
         schemes, recipe = [main], Recipe.simple(main, ignore, algorithm=algorithm)

@@ -10,7 +10,15 @@ from torch import fx, nn
 from qkit.errors import UsageError
 from qkit.flows.check import inputs_of, is_callable
 from qkit.flows.data import gathered
-from qkit.models import Inputs, Loaded, Source, infer, parse_input_spec, resolve_factory
+from qkit.models import (
+    Inputs,
+    Loaded,
+    Source,
+    as_example,
+    infer,
+    parse_input_spec,
+    resolve_factory,
+)
 from qkit.models import load as load_model
 from qkit.models.exported import modularize
 from qkit.models.loaded import facts_of
@@ -90,7 +98,8 @@ def request_inputs(request: Given, loaded: Loaded) -> Inputs | None:
     if request.input:
         return parse_input_spec(request.input, seed=request.seed)
     if request.calib:
-        return gathered(request.calib, loaded.model, request.image)
+        found = gathered(request.calib, loaded.model, request.image)
+        return as_example(found, loaded.example_inputs, loaded.model)
     if loaded.example_inputs is not None:
         return loaded.example_inputs
     return infer(loaded.model, seed=request.seed)

@@ -17,6 +17,7 @@ from qkit.flows.evaluate import AnyInputs, as_inputs, eval_mode
 from qkit.flows.ptq import check_rules, check_tensors, copied
 from qkit.nn import QUANTIZED
 from qkit.packing.store import turn
+from qkit.pruning.importance import one_number
 from qkit.pruning.masks import Masks
 from qkit.spec import Recipe, Rule
 from qkit.spec.plain import show
@@ -268,7 +269,7 @@ def _gradients(
         with torch.enable_grad():
             given = loss(model)
             for each in [given] if isinstance(given, Tensor) else given:
-                grads = torch.autograd.grad(each, parameters, allow_unused=True)
+                grads = torch.autograd.grad(one_number(each), parameters, allow_unused=True)
                 for total, p, grad in zip(totals, parameters, grads, strict=True):
                     if grad is not None:
                         product = (p.detach() * grad).float()

@@ -10,6 +10,7 @@ from qkit.models.images import parse_images as parse_images
 from qkit.models.images import read_image as read_image
 from qkit.models.infer import infer as infer
 from qkit.models.inputs import Inputs as Inputs
+from qkit.models.inputs import as_example as as_example
 from qkit.models.inputs import batches as batches
 from qkit.models.inputs import flatten as flatten
 from qkit.models.inputs import from_npz as from_npz

@@ -156,6 +156,16 @@ def _arguments(model: nn.Module) -> list[str] | None:
     return named
 
 
+def as_example(inputs: Inputs, example: Inputs | None, model: nn.Module) -> Inputs:
+    """``inputs`` by position where ``example`` has all of them so: programs take them as they were
+    captured."""
+    names = _arguments(model)
+    if example is None or example.kwargs or names is None or set(inputs.kwargs) != set(names):
+        return inputs
+    ordered = tuple(inputs.kwargs[name] for name in names)
+    return dataclasses.replace(inputs, args=ordered, kwargs={})
+
+
 def leading(inputs: Inputs) -> int:
     """The number of samples of a batch: the leading size of the first tensor that has one."""
     return next((t.shape[0] for t in (*inputs.args, *inputs.kwargs.values()) if t.dim()), 0)

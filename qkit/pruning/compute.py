@@ -232,14 +232,21 @@ def recurrent(facts: Facts, a: Args) -> tuple[Layout, ...]:
             ]
         given = np.tile(hidden, sides)
     facts.make(a.module, hidden)
-    states = a.hx if isinstance(a.hx, list | tuple) else [a.hx]
-    for state in states:
-        if not state.blank:
-            labels.join(state.ids(-1), hidden)
+    _start(facts, a.hx, hidden)
     out = x.moved(a.shapes[0], {axis: axis for axis in range(len(x.shape) - 1)})
     last = len(a.shapes[0]) - 1
     first = Layout(labels, a.shapes[0], (*out.factors, ((last,), given)))
     return (first, *(Layout.of(labels, s, {len(s) - 1: hidden}) for s in a.shapes[1:]))
+
+
+def _start(facts: Facts, given: Any, hidden: Ids) -> None:
+    """The state that a recurrent layer starts from; the code that made zeros says their size."""
+    for state in given if isinstance(given, list | tuple) else [given]:
+        if state.blank is None:
+            facts.labels.join(state.ids(-1), hidden)
+        else:
+            last = len(state.shape) - 1
+            facts.mention(*state.blank, Layout.of(facts.labels, state.shape, {last: hidden}))
 
 
 def cell(facts: Facts, a: Args) -> Layout | tuple[Layout, ...]:
@@ -250,9 +257,7 @@ def cell(facts: Facts, a: Args) -> Layout | tuple[Layout, ...]:
     for tensor in (a.w_ih, a.w_hh, a.b_ih, a.b_hh):
         if tensor is not None:
             labels.join(tensor.ids(0), np.tile(hidden, gates))
-    for state in a.hx if isinstance(a.hx, list | tuple) else [a.hx]:
-        if not state.blank:
-            labels.join(state.ids(-1), hidden)
+    _start(facts, a.hx, hidden)
     facts.make(a.module, hidden)
     steps = math.prod(a.input.shape[:-1])
     for weight in (a.w_ih, a.w_hh):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qkit.errors import UsageError, nearest
+from qkit.errors import InputError, UsageError, nearest, users_code
 from qkit.models import Inputs, run
 from qkit.pruning.facts import Facts, Slot
 from qkit.pruning.groups import Group
@@ -115,7 +115,8 @@ def _gradients(model: nn.Module, facts: Facts, loss: Loss) -> dict[tuple[int, in
         for slot in slots:
             slot.tensor.requires_grad_(True)
         with torch.enable_grad():
-            grads = torch.autograd.grad(loss(model), [s.tensor for s in slots], allow_unused=True)
+            value = _value(loss, model)
+            grads = torch.autograd.grad(value, [s.tensor for s in slots], allow_unused=True)
     finally:
         for slot, want in zip(slots, wanted, strict=True):
             slot.tensor.requires_grad_(want)
@@ -127,6 +128,20 @@ def _gradients(model: nn.Module, facts: Facts, loss: Loss) -> dict[tuple[int, in
                 others = [dim for dim in range(product.dim()) if dim != axis]
                 found[id(slot.tensor), axis] = product.sum(others).abs()
     return found
+
+
+def _value(loss: Loss, model: nn.Module) -> Tensor:
+    """The loss; :class:`~qkit.errors.InputError` for one that fails, or is no loss of the model."""
+    with users_code("the loss"):
+        return one_number(loss(model))
+
+
+def one_number(value: Tensor) -> Tensor:
+    """``value`` as a loss; :class:`~qkit.errors.InputError` where it is none."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InputError("the loss of a model is one number that depends on it", got=shown)
+    return value.reshape(())
 
 
 def _scales(model: nn.Module, facts: Facts) -> dict[tuple[int, int], Tensor]:

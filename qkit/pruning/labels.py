@@ -90,13 +90,14 @@ class Layout:
 
     A factor ``(axes, ids)`` holds the labels of one axis, or of several jointly (an axis that a
     view has split: the label depends on the pair), the outermost of the split first. Axes without
-    a factor are frozen. ``blank`` says that code made the tensor of sizes alone, such as zeros.
+    a factor are frozen. ``blank`` is where code made the tensor of sizes alone, such as zeros: its
+    modules, the innermost first, and the line.
     """
 
     labels: Labels
     shape: tuple[int, ...]
     given: tuple[Factor, ...] = ()
-    blank: bool = False
+    blank: tuple[tuple[str, ...], str] | None = None
 
     @staticmethod
     def of(labels: Labels, shape: Iterable[int], axes: Mapping[int, Ids]) -> Layout:

@@ -31,8 +31,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in (("keep", self.keep), ("round_to", self.round_to)):
-            if value < 1:
-                raise UsageError(f"{name} is at least 1", got=value)
+            if type(value) is not int or value < 1:
+                raise UsageError(f"{name} is an integer, and at least 1", got=repr(value))
 
 
 def check_amount(amount: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -128,12 +129,14 @@ def stack(facts: Facts, a: Args) -> Layout:
 
 def same(facts: Facts, a: Args) -> Layout:
     """One tensor in, the labels as they were."""
-    return Layout(facts.labels, a.shape, tuple(a.first.factors))
+    return Layout(facts.labels, a.shape, tuple(a.first.factors), a.first.blank)
 
 
 def values(facts: Facts, a: Args) -> Layout:
-    """Value by value."""
-    return pointwise(facts.labels, a.tensors_in, a.shape)
+    """Value by value; of what the code made of sizes alone, something is made that is so too."""
+    out = pointwise(facts.labels, a.tensors_in, a.shape)
+    made = all(tensor.blank for tensor in a.tensors_in)
+    return replace(out, blank=a.first.blank) if made and a.tensors_in else out
 
 
 def along(facts: Facts, a: Args) -> Layout:
@@ -251,7 +254,7 @@ def index_add(facts: Facts, a: Args) -> Layout:
 
 def blank(facts: Facts, a: Args) -> Layout:
     """Made by the code: zeros, ones, numbers in a row."""
-    return Layout(facts.labels, a.shape, blank=True)
+    return Layout(facts.labels, a.shape, blank=(a.modules, a.line))
 
 
 _NAMES: dict[Callable[[Facts, Any], Any], str] = {

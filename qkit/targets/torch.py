@@ -16,6 +16,7 @@ from qkit.errors import InputError, QkitError, UsageError
 from qkit.models import skeleton
 from qkit.models.folder import read_config
 from qkit.nn import QUANTIZED, QLayer, keep_floats, open_modules, opening, swap
+from qkit.nn.computed import computed_by
 from qkit.nn.factorized import Factorized, empty_factors, obstacle
 from qkit.nn.names import closed_name
 from qkit.pruning.surgery import Edits, reshape
@@ -218,6 +219,8 @@ def _prune(model: nn.Module, edits: Edits, artifact: Artifact) -> nn.Module:
 
 def _factorize(model: nn.Module, artifact: Artifact) -> nn.Module:
     """``model`` with factors where the artifact has some; it may have them already."""
+    computed = [n for n in artifact.factorized if computed_by(_module(model, n, artifact))]
+    model = open_modules(model, computed)
     made: dict[str, nn.Module] = {}
     for name, (kind, ranks, sizes) in artifact.factorized.items():
         layer = _module(model, name, artifact)

@@ -85,8 +85,17 @@ def test_distilling_from_the_command_line(folder, tmp_path, main, monkeypatch):
     assert shown.code == 0, shown.err
     assert "teacher" in shown.out
     assert (tmp_path / "own-training" / "teacher.safetensors").is_file()
+    (tmp_path / "data_of_cli.py").write_text("def broken():\n    raise RuntimeError('so')\n")
+    late = np.append(np.arange(10).repeat(2), -1)  # wrong at the end
+    np.savez(tmp_path / "late.npz", x=np.zeros((21, 1, 8, 8), "f4"), labels=late)
     for options, code, message in (
         (("--student", tmp_path / "nine.pt"), 3, "teacher and student have different outputs"),
+        (("--train", tmp_path / "late.npz", "--keep-layers", "2"), 3, "found -1 to 9"),
+        (
+            ("--train", f"{tmp_path}/data_of_cli.py:broken", "--keep-layers", "2"),
+            3,
+            "the function of training data fails: RuntimeError: so",
+        ),
         ((), 2, "a student is given in one way"),
         (("--keep-layers", "9"), 2, "fewer layers than its teacher"),
     ):
@@ -94,4 +103,4 @@ def test_distilling_from_the_command_line(folder, tmp_path, main, monkeypatch):
         assert (wrong.code, message in wrong.error) == (code, True), wrong.err
     wrong = main("distill", tmp_path / "net.pt", "--keep-layers", "2")
     assert (wrong.code, "learns from data" in wrong.error) == (2, True)
-    assert not (tmp_path / "wrong").exists()
+    assert not list(tmp_path.glob("wrong*"))

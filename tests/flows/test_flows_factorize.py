@@ -180,6 +180,24 @@ def test_an_artifact_loads_onto_the_class(net, x, tmp_path):
 
 
 @pytest.mark.usefixtures("same_process")
+def test_a_weight_that_the_class_computes_is_factorized_as_it_is(tmp_path):
+    def make() -> nn.Module:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 40), nn.Linear(40, 20)).eval()
+        nn.utils.parametrizations.weight_norm(model[0])
+        nn.utils.prune.l1_unstructured(model[1], "weight", 0.5)
+        return model
+
+    x = torch.randn(8, 30)
+    small, report = qkit.factorize(make(), amount=0.5, inputs=x, latency=False)
+    assert isinstance(small[0], Factorized)
+    assert isinstance(small[1], Factorized)
+    qkit.save(small, tmp_path / "out", inputs=x, report=report)
+    with torch.no_grad():
+        assert torch.equal(qkit.load(tmp_path / "out", into=make)(x), small(x))
+
+
+@pytest.mark.usefixtures("same_process")
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -53,6 +53,25 @@ class Fixed(nn.Module):
         return self.head(self.second(self.first(x)).view(-1, 128))
 
 
+class Steps(nn.Module):
+    """Recurrent layers whose first states the code makes, as ``sized`` by attributes or numbers."""
+
+    def __init__(self, *, sized: bool = True) -> None:
+        super().__init__()
+        self.hidden, self.width, self.sized = 24, 20, sized
+        self.layer = nn.LSTM(6, self.hidden, 2, batch_first=True)
+        self.cell = nn.GRUCell(self.hidden, self.width)
+        self.head = nn.Linear(self.width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide, narrow = (self.hidden, self.width) if self.sized else (24, 20)
+        first = torch.zeros(2, x.shape[0], wide).to(x.device)
+        state = x.new_zeros(x.shape[0], narrow)
+        for step in self.layer(x, (first, first.clone()))[0].unbind(1):
+            state = self.cell(step, state)
+        return self.head(state)
+
+
 @pytest.fixture(scope="module")
 def images() -> Tensor:
     return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -130,6 +149,12 @@ def test_taylor_asks_the_loss_which_unit_matters():
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("loss", [lambda m: 3, lambda m: m(torch.ones(2, 3, 8, 8)), lambda: 1])
+def test_a_loss_that_is_none_is_refused(loss, images):
+    with pytest.raises(InputError, match=r"one number that depends|the loss fails: TypeError"):
+        qkit.prune(Net(), images, importance="taylor", loss=loss, latency=False)
+
+
 def test_what_is_ignored_keeps_its_outputs(images):
     _, report = qkit.prune(Net(), images, amount=0.1, ignore=["stem"], latency=False)
     assert not any(row.name in ("stem", "again") for row in report.groups)
@@ -177,6 +202,22 @@ def test_a_size_written_as_a_number_stays_and_is_told(images):
     assert smaller.head.in_features == 128
     assert smaller.first.out_channels < 8
     assert any("test_flows_prune.py" in remark for remark in report.remarks)
+
+
+def test_a_first_state_that_the_code_makes_is_as_large_as_the_rest(tmp_path, monkeypatch):
+    verify_in_this_process(monkeypatch)
+    x = torch.randn(2, 4, 6)
+    smaller, report = qkit.prune(Steps(), x, amount=0.6, round_to=1, per_layer=True, latency=False)
+    assert smaller.hidden == smaller.layer.hidden_size < 24
+    assert smaller.width == smaller.cell.hidden_size < 20
+    qkit.save(smaller, tmp_path / "out", inputs=x, report=report)
+    assert same(qkit.load(tmp_path / "out", into=Steps), smaller, x)
+
+
+def test_a_first_state_of_a_size_in_numbers_stays_and_is_told():
+    x = torch.randn(2, 4, 6)
+    with pytest.raises(CoverageError, match=r"test_flows_prune\.py:\d+.*by a number of its own"):
+        qkit.prune(Steps(sized=False), x, amount=0.3, round_to=1, latency=False)
 
 
 def test_in_place_changes_the_very_model(images):

@@ -28,7 +28,7 @@ from qkit.flows.sparsify import (
     sparsities,
 )
 from qkit.pruning.importance import check_importance
-from qkit.pruning.plan import ROUND_TO, check_amount
+from qkit.pruning.plan import ROUND_TO, Limits, check_amount
 from qkit.pruning.structured import UNITS
 from qkit.spec.plain import show
 
@@ -77,6 +77,10 @@ def _check_prune(options: Options) -> None:
     with typed("prune"):
         check_amount(options["amount"])
         check_importance(options["importance"])
+        Limits(options["keep"], options["round_to"], options["per_layer"])
+    for name in ("per_layer", "through_norms", "blocks"):
+        if type(options[name]) is not bool:
+            raise UsageError(f"{name} of 'prune' is true or false", got=show(options[name]))
     if options["unit"] not in UNITS:
         raise UsageError("unknown unit", got=show(options["unit"]), wanted=", ".join(UNITS))
     _check_steps("prune", options)

@@ -27,7 +27,7 @@ from qkit.flows.train.checkpoint import (
 )
 from qkit.flows.train.norms import GlobalBatchNorm
 from qkit.flows.train.options import TrainOptions
-from qkit.flows.train.process import groups, local_part, own_randomness, seed_all, start
+from qkit.flows.train.process import groups, is_shared, local_part, own_randomness, seed_all, start
 from qkit.flows.train.record import Told, in_words, log_file, write_metrics
 from qkit.flows.train.samples import Batch, TrainData
 from qkit.flows.train.score import (
@@ -252,12 +252,12 @@ class _Run:
 
     def _step(self, group: list[Batch]) -> None:
         rank, done = self.accelerator.process_index, self.done
-        parts = [local_part(batch, rank, self.processes) for batch in group]
-        mine = [part.to(self.accelerator.device) for part in parts if part is not None]
-        total = sum(len(b) for b, part in zip(group, parts, strict=True) if part is not None)
+        total = sum(map(len, group))
         self.stepper.zero_grad()
-        for index, batch in enumerate(mine):
-            last = index == len(mine) - 1
+        for index, whole in enumerate(group):
+            batch = local_part(whole, rank, self.processes).to(self.accelerator.device)
+            last = index == len(group) - 1
+            shared = is_shared(whole, self.processes)
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 with GlobalBatchNorm() if self.processes > 1 else nullcontext():
                     output = self.wrapped(*batch.inputs.args, **batch.inputs.kwargs)
@@ -271,18 +271,19 @@ class _Run:
                         fix="a smaller learning rate, a warm-up, or a limit for gradients (clip)",
                     )
                 # Gradients are averaged over processes, and summed over parts.
-                self.accelerator.backward(loss * (len(batch) * self.processes / total))
-            done.loss += value * len(batch)
-            done.samples += len(batch)
-        if not mine:
-            return
+                parts = self.processes if shared else 1
+                self.accelerator.backward(loss * (len(batch) * parts / total))
+            if shared or rank == 0:
+                done.loss += value * len(batch)
+                done.samples += len(batch)
         if self.options.clip is not None:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.options.clip)
         self.stepper.step()
 
     def _status(self) -> str:
         done, name = self.done, f"val_{self.metric[0]}"
-        text = f"epoch {done.epoch + 1}/{self.options.epochs} loss {done.loss / done.samples:.4g}"
+        loss = done.loss / max(done.samples, 1)
+        text = f"epoch {done.epoch + 1}/{self.options.epochs} loss {loss:.4g}"
         if done.history and name in done.history[-1]:
             text += f" {self.metric[0]} {done.history[-1][name]:.4g}"
         return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from qkit.errors import UsageError, nearest
@@ -10,6 +11,10 @@ from qkit.flows.train.tables import OPTIMIZERS, SCHEDULES
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 TRACKERS = ("tensorboard", "wandb")
+
+
+_WHOLE = ("epochs", "batch_size", "step_epochs", "accumulate", "seed", "patience")
+_NUMBERS = ("lr", "weight_decay", "momentum", "warmup", "gamma", "clip", "save_seconds")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,14 @@ class TrainOptions:
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for names, kind, word in (
+            (_WHOLE, Integral, "an integer"),
+            (_NUMBERS, Real, "a number (in YAML with a point: 1.0e-3, for 1e-3 is text)"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                    raise UsageError(f"{name} is {word}", got=repr(value))
         for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("step_epochs", 1),
                             ("patience", 1), ("warmup", 0), ("weight_decay", 0)):  # fmt: skip
             value = getattr(self, name)

@@ -62,14 +62,17 @@ def groups(stream: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
         yield group
 
 
-def local_part(batch: Batch, rank: int, processes: int) -> Batch | None:
-    """What process ``rank`` has of a batch; None (everywhere) if it is too small to be shared."""
-    if processes == 1:
+def local_part(batch: Batch, rank: int, processes: int) -> Batch:
+    """What process ``rank`` has of a batch; each has the whole one if it is too small to share."""
+    if not is_shared(batch, processes):
         return batch
     count = len(batch)
-    if count < processes:
-        return None
     return batch.part(slice(count * rank // processes, count * (rank + 1) // processes))
+
+
+def is_shared(batch: Batch, processes: int) -> bool:
+    """Whether there is a sample of ``batch`` for each of several processes."""
+    return 1 < processes <= len(batch)
 
 
 def seed_all(*numbers: int) -> None:

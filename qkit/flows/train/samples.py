@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from qkit.errors import InputError
+from qkit.errors import InputError, users_code
 from qkit.flows.data import tensors_of
 from qkit.flows.evaluate import AnyInputs, as_inputs
 from qkit.models import Inputs, leading
@@ -119,7 +119,8 @@ def stream_of(make: Callable[[], Any], origin: str) -> TrainData:
     A batch is ``(inputs, targets)``, ``(input, input, ..., targets)``, or a mapping by argument
     names with the targets under one of :data:`LABELS`; a lone tensor has no targets.
     """
-    first = make()
+    with users_code("the function of training data", where=origin):
+        first = make()
     if isinstance(first, tuple) and len(first) == 2 and isinstance(first[1], Tensor):
         return labelled(first[0], first[1], origin)
     if isinstance(first, Dataset) and not isinstance(first, IterableDataset):
@@ -131,8 +132,9 @@ def stream_of(make: Callable[[], Any], origin: str) -> TrainData:
         )  # fmt: skip
 
     def stream(epoch: int, seed: int, size: int, shuffle: bool) -> Iterator[Batch]:
-        for given in make():  # anew for each pass: it may be one that is used up
-            yield as_batch(given, origin)
+        with users_code("the function of training data", where=origin):
+            for given in make():  # anew for each pass: it may be one that is used up
+                yield as_batch(given, origin)
 
     return TrainData(origin, stream, batches=len(first) if isinstance(first, Sized) else None)
 
