@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ from qkit.targets.staging import as_output_error
 # A program has a largest size of every dimension that varies, for which it plans its memory.
 BOUNDS = {BATCH: 64}
 OTHER_BOUND = 512
+_SPLITS = (
+    torch.ops.aten.split.Tensor,
+    torch.ops.aten.split_with_sizes.default,
+    torch.ops.aten.chunk.default,
+)
 
 
 @contextmanager
@@ -129,11 +135,17 @@ def _spell_out(module: fx.GraphModule) -> None:
     And copy the output of attention before its tokens become rows. ExecuTorch writes attention out
     in operators that give another order in memory, in which the rows of a sample are not one behind
     the other, and has the view by then, for which they must be.
+
+    And slice what is split: of an operator that gives a list ExecuTorch's verifier takes the length
+    of the first tensor for that of the list, which fixes a batch that varies (``call_function`` in
+    ``exir/verification/arg_validator.py``, 1.4).
     """
     ops = torch.ops.aten
     average, largest = ops.avg_pool2d.default, ops.max_pool2d.default
     defaults = {average: (None, 0, False, True), largest: (None, 0, 1, False)}
-    for node in module.graph.nodes:
+    for node in list(module.graph.nodes):
+        if node.target in _SPLITS:
+            _slice(module.graph, node)
         if _makes_rows(node):
             with module.graph.inserting_before(node):
                 kept: dict[str, Any] = {"memory_format": torch.contiguous_format}
@@ -149,6 +161,24 @@ def _spell_out(module: fx.GraphModule) -> None:
             given[3] = False
         node.args = (x, size, *given)
     module.recompile()
+
+
+def _slice(graph: fx.Graph, node: fx.Node) -> None:
+    """Slices in the place of a split into parts of fixed sizes."""
+    dim: Any = node.args[2] if len(node.args) > 2 else 0
+    sizes = [part.shape[dim] for part in node.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        return
+    ends = list(accumulate(sizes))
+    for part in list(node.users):  # each takes one
+        index: Any = part.args[1]
+        at = dim, ends[index] - sizes[index], ends[index]
+        with graph.inserting_before(part):
+            made = graph.call_function(torch.ops.aten.slice.Tensor, (node.args[0], *at))
+        made.meta = dict(part.meta)
+        part.replace_all_uses_with(made)
+        graph.erase_node(part)
+    graph.erase_node(node)
 
 
 def _makes_rows(node: fx.Node) -> bool:
