@@ -156,7 +156,8 @@ Runtime's own static quantization of the same model and data keeps (measured for
 with random weights amplify every rounding from layer to layer). Under
 `dynamic` only linear layers (and, for ONNX Runtime, LSTMs) are integer: no runtime here has a
 convolution that is right and faster with ranges taken at each call; a model without any linear
-layer is therefore *refused*, with `int8-static` as the alternative. A speed is left out where other
+layer is therefore *refused*, with `int8-static` as the alternative. Tables of embeddings are int8
+in both, and no layers that run. A speed is left out where other
 processes took more than {load:.0%} of the processors meanwhile, or it is not known what they took.
 A number in brackets is a note.
 

@@ -227,8 +227,8 @@ def _weight_only(
     """qkit's own layers, as :func:`qkit.quantize` makes them, in the target's form and as such."""
 
     def obstacle(entry: Entry, scheme: Scheme) -> str | None:
-        if type(entry.module) is not nn.Linear:
-            return f"{runtime.name} has weights without activations for nn.Linear only"
+        if type(entry.module) not in (nn.Linear, nn.Embedding):
+            return f"{runtime.name} has weights without activations for linear layers and tables"
         return None
 
     example = data.first()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qkit.flows.details import weight_distribution
 from qkit.flows.qat import Tuned
-from qkit.flows.rows import left_row, quantized_row
+from qkit.flows.rows import INDICES, left_row, notes, quantized_row
 from qkit.graph import Dialect
 from qkit.graph.sites import Site
 from qkit.nn import Entry, survey
@@ -60,31 +60,38 @@ def _weights(
     model: nn.Module, converted: Converted, tuned: Tuned | None
 ) -> Iterator[tuple[Entry, Site | None, Tensor | None]]:
     """Each module with parameters, what became of its weight, and that weight in float."""
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     sites: dict[str, Site] = {}
+    tables: dict[int, Site] = {}  # by the weight, which other modules may name, too
     for site in converted.sites:
-        if site.weight is not None:
+        if site.table:
+            tables.setdefault(id(named.get(str(site.weight))), site)
+        elif site.weight is not None:
             sites.setdefault(site.weight, site)
             sites.setdefault(site.owner, site)
-    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     trained = {} if tuned is None else tuned.weights
     for entry in survey(model):
-        found, weight = _site(entry, sites), None
+        found, weight = _site(entry, sites, tables), None
         if found is not None:
             weight = getattr(entry.module, "weight", named.get(str(found.weight)))
             weight = trained.get(str(found.weight), weight)
         yield entry, found, weight if isinstance(weight, Tensor) else None
 
 
-def _site(entry: Entry, sites: Mapping[str, Site]) -> Site | None:
-    """What became of the weight of ``entry``; ``sites`` are by weight and by its owner."""
-    if isinstance(entry.module, nn.Embedding):  # which may share it with a layer
-        return None
+def _site(entry: Entry, sites: Mapping[str, Site], tables: Mapping[int, Site]) -> Site | None:
+    """What became of the weight of ``entry``; ``sites`` are by weight and by its owner, ``tables``
+    by the identity of the weight, which a layer may share."""
+    own = [tables[id(p)] for p in entry.module.parameters(recurse=False) if id(p) in tables]
+    if isinstance(entry.module, nn.Embedding | nn.EmbeddingBag):
+        return next(iter(own), None)
     # The layers of a module that is opened are called as its parameters.
     names = [f"{entry.name}.weight", entry.name, f"{entry.tied_to}.weight", str(entry.tied_to)]
     if found := next((sites[name] for name in names if name in sites), None):
         return found
     whole = sites.get(entry.inside or "")
-    return whole if whole is not None and whole.kind == "LSTM" else None
+    if whole is not None and whole.kind == "LSTM":
+        return whole
+    return next(iter(own), None)  # a parameter of a module's own that is looked up
 
 
 def _row(
@@ -100,4 +107,5 @@ def _row(
         if algorithm in (PT2E, "qat"):  # else they are other codes, or of another weight
             sqnr = tensor_sqnr_db(w, fake_quantize(w, qparams, spec))
     note = None if site.kind in (entry.kind, entry.inside_kind) else f"its {site.kind}"
+    note = notes(note, INDICES if site.table else None)
     return quantized_row(entry, scheme.name, algorithm, bits, sqnr, note)

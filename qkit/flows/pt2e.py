@@ -21,6 +21,7 @@ from qkit.flows.treat import after, before
 from qkit.flows.uneven import uneven_columns, uneven_rows
 from qkit.graph import DIALECTS, Captured, Dialect, Site, capture, find_sites, quiet
 from qkit.graph.capture import Dims
+from qkit.graph.tables import look_up_codes
 from qkit.graph.unfolded import spell_out
 from qkit.models import Inputs, leading, run
 from qkit.numerics import OBSERVERS
@@ -121,7 +122,7 @@ def prepare(
         data = data.rebatched(leading(example))
     module = spell_out(captured.module())
     sites = find_sites(module, recipe, dialect)
-    if quantizer is None and all(site.scheme is None for site in sites):
+    if quantizer is None and all(site.scheme is None for site in sites if not site.table):
         raise nothing(sites)
     notes = before(module, sites, data)
     notes += uneven_rows(module, sites, dialect, example)
@@ -147,7 +148,7 @@ def finish(prepared: Prepared, options: Mapping[str, Any], *, watch: bool = Fals
 
     activations = tuple(activation_rows(prepared.module)) if watch else ()
     with quiet():
-        module = without_unused(convert_pt2e(prepared.module))
+        module = without_unused(look_up_codes(convert_pt2e(prepared.module)))
     sites = prepared.sites
     expected = sum(site.layers for site in sites if site.scheme is not None)
     return Converted(
@@ -222,7 +223,7 @@ def without_unused(module: fx.GraphModule) -> fx.GraphModule:
 
 def nothing(sites: list[Site]) -> CoverageError:
     """The error of a model of which no layer is quantized."""
-    reasons = sorted({f"{site.kind}: {site.reason}" for site in sites})
+    reasons = sorted({f"{site.kind}: {site.reason}" for site in sites if site.reason})
     return CoverageError(
         "nothing was quantized: no layer of the model matched",
         got="; ".join(reasons[:6]) or "a model without layers",

@@ -200,12 +200,14 @@ def _prepared(
     from qkit.graph.ao import prepare_pt2e
     from qkit.graph.fake import PerChannelFake, PerChannelLearned, fake_biases
     from qkit.graph.norms import fold, own_tensors, unfold
+    from qkit.graph.tables import dense_gradients
 
     own_tensors(module)
+    dense_gradients(module)
     fold(module)
     if quantizer is None:
         sites = find_sites(module, recipe, dialect)
-        if all(site.scheme is None for site in sites):
+        if all(site.scheme is None for site in sites if not site.table):
             raise nothing(sites)
         watcher = PerChannelLearned if lsq else PerChannelFake
         quantizer = RecipeQuantizer(recipe, dialect, "moving-average", watcher)
@@ -261,6 +263,7 @@ def _converted(
     """The converted program, the float weights, and how near it is to what was trained."""
     from qkit.graph.ao import convert_pt2e
     from qkit.graph.norms import plain_norms, settle
+    from qkit.graph.tables import look_up_codes
 
     prepared.eval()
     wanted = run(prepared, example)
@@ -268,7 +271,7 @@ def _converted(
     with quiet():
         program = convert_pt2e(prepared)
     plain_norms(program)
-    program = without_unused(program)
+    program = without_unused(look_up_codes(program))
     found = compare(wanted, run(program, example)).sqnr_db
     if found is not None and found < IDENTITY_DB:
         raise VerificationError(

@@ -56,9 +56,13 @@ def notes(*parts: str | None) -> str | None:
     return "; ".join(filter(None, parts)) or None
 
 
+# Only the weight of a table follows the scheme that was asked for.
+INDICES = "its input is indices: the weight alone is quantized"
+
+
 def exact_input(asked: Scheme, done: Scheme) -> str | None:
     """That only the weight of a layer follows the scheme that was asked for."""
-    return None if asked == done else "its input is indices: the weight alone is quantized"
+    return None if asked == done else INDICES
 
 
 def short_group(q: QTensor) -> str | None:

@@ -74,7 +74,7 @@ def before(module: fx.GraphModule, sites: Sequence[Site], data: Data) -> list[st
             f"smoothquant: {len(found)} links between layers that a factor may pass"
             + (f", {apart} of them by a product of its own" if apart else "")
         )
-    uses = [site.weight for site in sites]
+    uses = [site.weight for site in sites if not site.table]
     for site in _named(sites, BIAS, FIT):
         name = site.weight
         if name is not None and uses.count(name) == 1 and bias_of(site.node) is None:

@@ -24,11 +24,12 @@ class Dialect:
     every integer operator stands between quantized values (dequantize, operator, quantize), else
     only the inputs of layers and sums are quantized. With ``bias`` the bias of a layer is int32
     with the product of the scales of input and weight, which an integer kernel adds as it is, else
-    float. ``kinds`` are the operators (:mod:`qkit.graph.kinds`) that have integer kernels,
-    ``dynamic`` those of them that also have one for ranges taken at each call. With ``outputs``,
-    the layers ``always`` are rounded behind, because their kernels take codes and give codes. The
-    kernels of the layers ``summing`` add to codes, so that one term of a sum is not rounded. Ranges
-    that are taken at each call are those of all rows, or ``by_row`` of each.
+    float. ``kinds`` are the operators (:mod:`qkit.graph.kinds`) that have integer kernels, or look
+    up codes (``Embedding``), ``dynamic`` those of the first that also have one for ranges taken at
+    each call. With ``outputs``, the layers ``always`` are rounded behind, because their kernels
+    take codes and give codes. The kernels of the layers ``summing`` add to codes, so that one term
+    of a sum is not rounded. Ranges that are taken at each call are those of all rows, or
+    ``by_row`` of each.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Dialect:
 
 _MOVES = frozenset({"MaxPool2d", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice",
                     "Dropout", "ReLU", "Hardtanh"})  # fmt: skip
-_ALL = _LAYERS | _MOVES | {"Add", "Concat", "AvgPool2d", "AdaptiveAvgPool2d", "Mean"}
+_ALL = _LAYERS | _MOVES | {"Add", "Concat", "AvgPool2d", "AdaptiveAvgPool2d", "Mean", "Embedding"}
 
 UINT8, INT8, NARROW = Int(8, signed=False), Int(8), Int(8, narrow=True)
 

@@ -12,8 +12,13 @@ from torch import Tensor, fx
 #       ``alike``     of several activations that share their parameters with the output (cat)
 #       ``same``      moves values or picks among them: the output has the input's parameters
 #       ``recurrent`` multiplies by weights at each step of a sequence
+#       ``table``     looks up rows of a weight, by indices
 #       ``own``       computes new values: the output has parameters of its own
 #       ``tail``      is computed for nothing by the operator before it (relu)
+
+
+# The roles of operators with a weight.
+LAYERS = ("weighted", "recurrent", "table")
 
 
 class Kind(NamedTuple):
@@ -29,6 +34,8 @@ _KINDS = {
     "conv3d": Kind("Conv3d", "weighted"),
     "linear": Kind("Linear", "weighted"),
     "lstm": Kind("LSTM", "recurrent"),
+    "embedding": Kind("Embedding", "table"),
+    "embedding_bag": Kind("EmbeddingBag", "table"),
     "add": Kind("Add", "binary"),
     "add_": Kind("Add", "binary"),
     "mul": Kind("Mul", "binary"),
@@ -119,6 +126,8 @@ def weight_of(node: fx.Node) -> tuple[fx.Node, str] | None:
     if kind is not None and kind.role == "recurrent":
         weights: Any = node.args[2] if len(node.args) == 9 else None
         weight = weights[0] if isinstance(weights, list | tuple) else None  # else packed sequences
+    elif kind is not None and kind.role == "table":
+        weight = node.args[0]
     else:
         weight = _second(node)
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from qkit.graph.dialect import Dialect
-from qkit.graph.kinds import Kind, is_float, kind_of, owner_of, weight_of
+from qkit.graph.kinds import LAYERS, Kind, is_float, kind_of, owner_of, weight_of
 from qkit.spec import Int, PerChannel, PerTensor, Recipe, Rule, Scheme
 
 
 @dataclass(frozen=True)
 class Site:
-    """One operator with a weight: the ``node`` that calls it, the module ``owner`` of its weight,
-    its ``kind``, the full name of the ``weight`` (None: it is computed), the scheme it gets, or the
-    reason why it is left, how many ``layers`` it computes (an LSTM may have several), and the
+    """One operator with a weight: the ``node`` that calls it, the module ``owner`` of its weight
+    (of a table, which may share it, the module that looks it up), its ``kind``, the full name of
+    the ``weight`` (None: it is computed), the scheme it gets, or the reason why it is left, how
+    many ``layers`` it computes (an LSTM may have several; a table computes nothing: 0), and the
     ``algorithms`` by which its codes are found."""
 
     node: fx.Node
@@ -27,6 +29,11 @@ class Site:
     reason: str | None = None
     layers: int = 1
     algorithms: tuple[str, ...] = ("rtn",)
+
+    @property
+    def table(self) -> bool:
+        """Whether rows of the weight are looked up: they alone are quantized, not the indices."""
+        return kind_of(self.node).role == "table"  # type: ignore[union-attr]
 
     @property
     def static(self) -> bool:
@@ -54,7 +61,7 @@ def rule_of(node: fx.Node, kind: Kind, recipe: Recipe) -> Rule | None:
     the module that owns its weight.
     """
     name, module = owner_of(node)
-    weight = weight_of(node) if kind.role in ("weighted", "recurrent") else None
+    weight = weight_of(node) if kind.role in LAYERS else None
     names = [(name, module), (name, kind.name)]
     if weight is not None and weight[1] != name:
         names.append((weight[1], kind.name))
@@ -67,21 +74,52 @@ def find_sites(module: fx.GraphModule, recipe: Recipe, dialect: Dialect) -> list
     sites = []
     for node in module.graph.nodes:
         kind = kind_of(node)
-        if kind is None or kind.role not in ("weighted", "recurrent"):
+        if kind is None or kind.role not in LAYERS:
             continue
-        weight = weight_of(node)
-        owner = weight[1] if weight else owner_of(node)[0]
+        table = kind.role == "table"
+        weight, caller = weight_of(node), owner_of(node)[0]
+        owner = weight[1] if weight and not (table and caller) else caller
         scheme, reason = rule_scheme(node, kind, recipe)
         rule = rule_of(node, kind, recipe)
-        algorithms = ("rtn",) if rule is None else rule.algorithms
+        algorithms = ("rtn",) if rule is None or table else rule.algorithms
         if scheme is not None:
+            scheme = Scheme(scheme.weight) if table else scheme
             reason = "its weight is computed" if weight is None else ""
             reason = reason or _obstacle(node, kind, scheme, dialect) or ""
         name = str(weight[0].target) if weight else None
         given = None if reason else scheme
         layers = int(str(node.args[4])) if kind.role == "recurrent" and weight else 1
+        layers = 0 if table else layers
         sites.append(Site(node, owner, kind.name, name, given, reason or None, layers, algorithms))
-    return sites
+    return _without_float_readers(module, sites)
+
+
+def _without_float_readers(module: fx.GraphModule, sites: list[Site]) -> list[Site]:
+    """``sites`` without the tables whose weight something else reads in float: codes would be
+    stored beside it, and save nothing."""
+    quantized = {site.node: site for site in sites if site.scheme is not None}
+    floats = {
+        str(node.target): user
+        for node in module.graph.nodes
+        if node.op == "get_attr"
+        for user in node.users
+        if user not in quantized
+    }
+
+    def judged(site: Site) -> Site:
+        reader = floats.get(str(site.weight)) if site.table and site.scheme is not None else None
+        if reader is None:
+            return site
+        while reader.target is torch.ops.aten.detach.default and reader.users:
+            reader = next(iter(reader.users))
+        kind, schema = kind_of(reader), getattr(reader.target, "_schema", None)
+        what = kind.name if kind else schema.name if schema else reader.name
+        name = owner_of(reader)[0] or "the model"
+        return replace(
+            site, scheme=None, reason=f"its weight is read in float too, by {name} ({what})"
+        )
+
+    return [judged(site) for site in sites]
 
 
 def _obstacle(node: fx.Node, kind: Kind, scheme: Scheme, dialect: Dialect) -> str | None:

@@ -32,8 +32,6 @@ EXACT, SYMMETRIC, AFFINE, STATIC = range(4)
 _EXACT = native.Acts(EXACT, 0, 0, 0.0, 0)
 
 
-
-
 class Stored:
     """A stored weight as the kernels take it, and the tensors that must outlive it."""
 

@@ -103,7 +103,8 @@ class Backend(Protocol):
     def weight_only(self, qmodel: nn.Module, options: Mapping[str, Any]) -> nn.Module:
         """A copy of a model of qkit's layers, all of weight-only schemes, as the target has them.
 
-        Each quantized layer is one call of an operator of the namespace ``qkit_NAME``.
+        Each quantized layer is one call of an operator of the namespace ``qkit_NAME``, each table
+        that is looked up one of ``qkit_NAME_tables``.
         """
 
     def audit(self, path: Path, converted: Converted) -> Audit:

@@ -171,6 +171,7 @@ def test_compiled_in_this_process_with_names_and_the_honest_row_of_an_lstm():
     assert report.kernels == {"qlinear_pointwise_tensor": 2}
     rows = {row.name: row for row in report.layers}
     assert (rows["up"].scheme, rows["head"].scheme) == ("w8a8", "w8a8")
+    assert rows["embed"].scheme == "w8a16"
     for name in ("lstm.weight_ih_l0", "lstm.weight_hh_l0"):
         assert rows[name].scheme is None
         assert rows[name].reason == "inductor has no integer LSTM"

@@ -86,7 +86,9 @@ def test_dynamic_transformer_with_a_free_length(tmp_path, same_process):
     rows = {row.name: row for row in report.layers}
     for name in ("in_proj_weight", "out_proj"):
         assert rows[f"body.layers.1.self_attn.{name}"].scheme == "w8a8"
-    assert report.coverage["layers_quantized"] == 9
+    assert rows["embed"].scheme == "w8a16"
+    assert report.coverage["layers_quantized"] == 10
+    assert report.coverage["integer_layers_expected"] == 9
     assert report.error["sqnr_db"] > 30
     session = BACKEND.load(tmp_path / "out" / "model.onnx", 1)
     ids = torch.randint(0, 31, (3, 33))

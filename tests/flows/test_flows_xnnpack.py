@@ -98,8 +98,9 @@ def test_dynamic_transformer_with_named_inputs_and_a_free_length(tmp_path, same_
     assert "aten::native_layer_norm" in told
     assert "batch 1 to 64, length 1 to 40" in told
     assert "in this order: ids, scale" in told
-    reasons = {row.name: row.reason for row in report.layers}
-    assert "computes Embedding in float" in reasons["embed"]
+    assert "aten::embedding x2" in told  # of codes, and of their scales
+    rows = {row.name: row for row in report.layers}
+    assert rows["embed"].scheme == "w8a16"
     assert json.loads((tmp_path / "out/qkit.json").read_text())["options"] == {
         "bounds": {"length": 40}
     }

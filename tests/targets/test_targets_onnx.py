@@ -24,8 +24,8 @@ from qkit.numerics import dequantize
 from qkit.report import compare
 from qkit.spec import Recipe, parse
 from qkit.targets.onnx import BACKEND
-from qkit.targets.onnx.operators import from_blob, nbits_tensors, to_blob, with_nbits
-from qkit.targets.onnx.runtime import audit, load, probe
+from qkit.targets.onnx.nbits import from_blob, nbits_tensors, to_blob, with_nbits
+from qkit.targets.onnx.runtime import audit, load, open_session, probe
 from qkit.targets.onnx.tensorrt import check_rules
 from qkit.targets.onnx.write import write
 
@@ -112,6 +112,81 @@ def test_dynamic_linear_by_hand_and_by_onnx_runtime(mlp, tmp_path):
     BACKEND.export(done, path)
     assert close(load(path, 1)((x,), {})[0], lowered(x))
     assert audit(path, 2).integer == {"DynamicQuantizeMatMul": 2}
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g16", "w4a16-g32-asym", "w8a16-g16", "w8a16-g32-asym"])
+@pytest.mark.parametrize("columns", [31, 64])
+def test_tables_in_blocks_are_looked_up_by_onnx_runtime(tmp_path, scheme, columns):
+    torch.manual_seed(0)
+    table, head = nn.Embedding(700, columns), nn.Linear(columns, 700, bias=False)
+    tied = nn.Sequential(table, nn.ReLU(), head)
+    lone = nn.Sequential(nn.Embedding(700, columns), nn.ReLU(), nn.Linear(columns, 3))
+    head.weight = table.weight
+    ids = torch.randint(0, 700, (4, 7))
+    sizes = []
+    for model in (tied.eval(), lone.eval()):
+        qmodel = quantize(model, scheme, inputs=ids, latency=False)[0]
+        lowered = with_nbits(qmodel, 0)
+        assert close(lowered(ids), qmodel(ids))
+        captured = capture(lowered, (ids,), {})
+        path = tmp_path / "m.onnx"
+        write(captured.program, path, captured.shapes)
+        assert close(load(path, 1)((ids,), {})[0], qmodel(ids))
+        made = onnx.load(path)
+        sizes.append(sum(len(each.raw_data) for each in made.graph.initializer))
+        assert Counter(n.op_type for n in made.graph.node)["GatherBlockQuantized"] == 1
+        assert audit(path, 1).integer == {"MatMulNBits": 1}
+    # A tied table is stored once: its blocks are filled up, which those of the other are not.
+    assert sizes[0] < sizes[1] + (700 * 33 if columns == 31 else 0)
+
+
+@pytest.mark.parametrize("scheme", ["int8-static", "int8-dynamic"])
+def test_a_tied_table_is_stored_once_and_looked_up_as_codes(tmp_path, scheme):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(999, 96), nn.Linear(96, 999, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.words(ids).relu())
+
+    model, ids = Tied().eval(), torch.randint(0, 999, (4, 7))
+    done = specialized(convert(model, scheme, ids))
+    BACKEND.export_float(done.captured, tmp_path / "float.onnx")
+    BACKEND.export(done, tmp_path / "int8.onnx")
+    sizes = [(tmp_path / name).stat().st_size for name in ("int8.onnx", "float.onnx")]
+    assert sizes[0] / sizes[1] < 0.28
+    open_session(tmp_path / "int8.onnx", 1, tmp_path / "optimized.onnx")
+    held = {
+        (tuple(each.dims), each.data_type)
+        for each in onnx.load(tmp_path / "optimized.onnx").graph.initializer
+        if len(each.dims) == 2 and min(each.dims) > 1
+    }
+    # The one of the file, and as the head's kernel wants it: no floats.
+    assert held == {((999, 96), TensorProto.INT8), ((96, 999), TensorProto.INT8)}
+    assert sum(audit(tmp_path / "int8.onnx", 1).integer.values()) == 1
+    assert (
+        compare([done.module(ids)], [load(tmp_path / "int8.onnx", 1)((ids,), {})[0]]).sqnr_db > 60
+    )
+
+
+def test_layers_that_share_a_weight_share_the_codes(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(96, 96)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.layer(x).relu())
+
+    x = torch.randn(5, 96)
+    done = specialized(convert(Twice().eval(), "int8-dynamic", x))
+    BACKEND.export(done, tmp_path / "int8.onnx")
+    held = [
+        each for each in onnx.load(tmp_path / "int8.onnx").graph.initializer if len(each.dims) == 2
+    ]
+    assert len(held) == 1
 
 
 def test_a_file_of_weights_is_a_quarter(tmp_path):

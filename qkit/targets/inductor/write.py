@@ -39,6 +39,8 @@ _SETTINGS = {
 _BUILD_ID = re.compile(rb"(\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0).{20}", re.DOTALL)
 # Where torch is installed, whose headers a library names.
 _SITE = Path(torch.__file__).parents[1]
+# The entries that are code: texts, and the library, which holds the weights.
+_CODE = (".cpp", ".json", ".so")
 # Zip files know no earlier day.
 _NO_TIME = (1980, 1, 1, 0, 0, 0)
 
@@ -143,7 +145,8 @@ def write(module: nn.Module, captured: Captured, path: Path) -> None:
 
 
 def _repack(built: Path, path: Path, folder: str) -> None:
-    """The package ``built``, which was made in ``folder``, without what tells of this machine."""
+    """The package ``built``, which was made in ``folder``, without what tells of this machine; its
+    code is compressed, which outweighs the weights of a small model."""
     # Behind the folder's name stands that of the cache in it, which is as random.
     names = re.escape(os.fsencode(folder)) + rb"/tmp\w+", re.escape(os.fsencode(_SITE))
     places = re.compile(b"|".join(names))
@@ -157,4 +160,6 @@ def _repack(built: Path, path: Path, folder: str) -> None:
                 data = _BUILD_ID.sub(rb"\1" + bytes(20), data, count=1)
             elif name.endswith("/serialization_id"):  # a hash of all the others, and of their order
                 continue
-            new.writestr(zipfile.ZipInfo(name, _NO_TIME), data)
+            packed = zipfile.ZIP_DEFLATED if name.endswith(_CODE) else zipfile.ZIP_STORED
+            # The lowest level finds most of what there is to find, in the least time.
+            new.writestr(zipfile.ZipInfo(name, _NO_TIME), data, packed, compresslevel=1)

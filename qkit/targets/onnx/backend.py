@@ -16,7 +16,8 @@ from qkit.spec import Scheme
 from qkit.targets import require_packages
 from qkit.targets.backend import Audit, Converted, Session, refuse_others
 from qkit.targets.onnx import runtime
-from qkit.targets.onnx.operators import with_nbits, with_operators
+from qkit.targets.onnx.nbits import with_nbits
+from qkit.targets.onnx.operators import with_operators
 from qkit.targets.onnx.write import write
 
 EXTRA = "onnx"
@@ -67,7 +68,7 @@ class OnnxBackend:
         write(export(converted.module, given.args, given.kwargs, given.shapes), path, given.shapes)
 
     def weight_only(self, qmodel: nn.Module, options: Mapping[str, Any]) -> nn.Module:
-        """Every layer as MatMulNBits."""
+        """Every layer as MatMulNBits, and every table as GatherBlockQuantized."""
         return with_nbits(qmodel, options.get("accuracy_level") or 0)
 
     def load(self, path: Path, threads: int) -> Session:

@@ -9,7 +9,7 @@ import torch
 
 from qkit.errors import RequestError, first_line
 from qkit.graph import quiet
-from qkit.targets.onnx.operators import translations
+from qkit.targets.onnx import nbits, operators
 from qkit.targets.staging import as_output_error
 
 OPSET = 21
@@ -34,7 +34,7 @@ def write(program: torch.export.ExportedProgram, path: Path, shapes: Any = None)
                 program,
                 dynamo=True,
                 opset_version=OPSET,
-                custom_translation_table=translations(),
+                custom_translation_table=operators.translations() | nbits.translations(),
                 dynamic_shapes=shapes,
                 verbose=False,
             )
