@@ -1,15 +1,19 @@
 """SQNR of static and dynamic int8 beside ONNX Runtime's own quantization, as JSON lines.
 
-    python benchmarks/accuracy.py [--models MobileNetV2 ...] > benchmarks/results/accuracy.jsonl
+    python benchmarks/accuracy.py [--models MobileNetV2 ...] [--again] [--results FILE]
 
 Each line is one model under one treatment: the SQNR of the outputs on data that were not used for
-calibration, against the float model. ``onnxruntime static`` is ONNX Runtime's ``quantize_static``
-(min-max, uint8 activations, int8 weights per channel) on the same float model and the same
-calibration data. Weights are random, but for the model that is said to be trained; batch-norm
-statistics are those of the calibration data, because with the initial ones signals fade, and the
-error with them. Lines with an ``algorithm`` tell what each gains over rounding with ranges of
-min-max. ``goal`` lines tell which layers stay in float for a SQNR, the seconds that it took to
-choose them, and the speed that is left over the float model in ONNX Runtime (interleaved).
+calibration, against the float model. A line is appended to ``benchmarks/results/accuracy.jsonl``
+when it is done: a run that was stopped goes on where it was. ``onnxruntime static`` is ONNX
+Runtime's ``quantize_static`` (min-max, uint8 activations, int8 weights per channel) on the same
+float model and the same calibration data. Weights are random, but for the model that is said to be
+trained; batch-norm statistics are those of the calibration data, because with the initial ones
+signals fade, and the error with them. Lines with an ``algorithm`` tell what each gains over
+rounding with ranges of min-max. ``float, 8-bit input`` is the float model on inputs of 8 bits in
+the range of least error, and ``mean of the outputs`` one answer for all inputs, the mean of those
+to the calibration data: a model below that tells nothing of its input. ``goal`` lines tell which
+layers stay in float for a SQNR, the seconds that it took to choose them, and the speed that is left
+over the float model in ONNX Runtime (interleaved).
 """
 
 from __future__ import annotations
@@ -25,7 +29,10 @@ from typing import Any
 
 import ort
 import torch
-from lines import say, tell_head
+from cells import append, records
+from lines import facts
+from pt2e_models import efficientnet_b0, mobilenet_v2, mobilenet_v3
+from tables import RESULTS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -41,6 +48,7 @@ from qkit.flows.demo import load_digits, train
 from qkit.flows.goal import reach
 from qkit.flows.pt2e import convert
 from qkit.graph import DIALECTS, Captured, capture, quiet
+from qkit.numerics import OBSERVERS, Observer, fake_quantize, qparams_from_range
 from qkit.report import compare
 from qkit.spec import Recipe, parse
 from qkit.targets.backend import Session
@@ -48,40 +56,6 @@ from qkit.targets.onnx import BACKEND, runtime
 
 CALIBRATION, HELD_OUT = 32, 16
 GOAL_DB = 18.0
-
-
-class Inverted(nn.Module):
-    """MobileNetV2's block: expand, filter each channel, project."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, expand: int) -> None:
-        super().__init__()
-        conv, wide = convolutional.ConvNorm, inputs * expand
-        first = [conv(inputs, wide, 1, act=nn.ReLU6)] if expand > 1 else []
-        self.body = nn.Sequential(
-            *first,
-            conv(wide, wide, 3, stride, wide, nn.ReLU6),
-            conv(wide, outputs, 1, act=None),
-        )
-        self.skips = stride == 1 and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x) if self.skips else self.body(x)
-
-
-def mobilenet_v2(width: float = 1.0, classes: int = 1000) -> nn.Module:
-    """MobileNetV2 at its full depth, 53 layers, of so many times its width."""
-    rows = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1)]
-    inputs = int(32 * width)
-    blocks: list[nn.Module] = [convolutional.ConvNorm(3, inputs, 3, 2, act=nn.ReLU6)]
-    for expand, outputs, count, stride in [*rows, (6, 160, 3, 2), (6, 320, 1, 1)]:
-        for index in range(count):
-            wide = int(outputs * width)
-            blocks.append(Inverted(inputs, wide, stride if index == 0 else 1, expand))
-            inputs = wide
-    last = int(1280 * width)
-    blocks.append(convolutional.ConvNorm(inputs, last, 1, act=nn.ReLU6))
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, classes)
-    return convolutional.Classifier(*blocks, *head)
 
 
 def trained() -> nn.Module:
@@ -133,13 +107,44 @@ CASES = {
         lambda n, seed: torch.randint(0, 31, (n, 9), generator=torch.Generator().manual_seed(seed)),
     ),
     "MLP": Case(mlp, features),
-    "MobileNetV2, full": Case(mobilenet_v2, pictures(3, 96)),
     "MobileNetV2, trained": Case(trained, digits, trained=True),
+    "MobileNetV2, full": Case(mobilenet_v2, pictures(3, 96)),
+    "MobileNetV3, full": Case(mobilenet_v3, pictures(3, 96)),
+    "EfficientNet-B0, full": Case(efficientnet_b0, pictures(3, 96)),
 }
-# One by one, and all that go together.
-ALGORITHMS = (
-    *("equalization", "smoothquant", "bias-correction", "gptq", "adaround"),
-    "equalization+adaround+bias-correction",
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How a model is quantized, besides the default: min-max ranges, in the shape of ONNX."""
+
+    name: str
+    observer: str = "minmax"
+    algorithm: str = "rtn"
+    dialect: str = "onnx"
+    scheme: str = "int8-static"
+
+
+def algorithm(name: str, observer: str = "minmax") -> Treatment:
+    return Treatment(f"{observer}, {name}", observer, name)
+
+
+RIVAL, GOAL = "onnxruntime static", f"static, mse, goal {GOAL_DB:g} dB"
+# What is lost with everything in float but the input, and with no look at the input at all.
+BOUND, BLIND = "float, 8-bit input", "mean of the outputs"
+# Observers and targets, and algorithms, one by one and those that go together.
+TREATMENTS = (
+    Treatment("static, minmax"),
+    Treatment("static, inductor", dialect="inductor"),
+    Treatment("static, xnnpack", dialect="xnnpack"),
+    Treatment("static, percentile", "percentile"),
+    Treatment("static, mse", "mse"),
+    Treatment("dynamic", scheme="int8-dynamic"),
+    *map(algorithm, ("equalization", "smoothquant", "bias-correction", "gptq", "adaround")),
+    algorithm("least-squares"),
+    algorithm("least-squares", "mse"),
+    algorithm("equalization+adaround+bias-correction", "mse"),
+    algorithm("equalization+adaround+least-squares", "mse"),
 )
 
 
@@ -172,36 +177,58 @@ def sqnr(reference: Tensor, output: Tensor) -> float | None:
     return None if found is None else round(found, 2)
 
 
-def measured(name: str, case: Case) -> Iterator[dict[str, Any]]:
-    """The lines of one model."""
+def measured(name: str, case: Case, done: set[str]) -> Iterator[dict[str, Any]]:
+    """The lines of one model, but for the treatments that are ``done``."""
+    if done >= {RIVAL, BOUND, BLIND, GOAL, *(each.name for each in TREATMENTS)}:
+        return
     model, data, x = built(case)
     with torch.no_grad():
         reference = model(x)
+    if RIVAL not in done:
+        rival = onnxruntime_static(capture(model, (data,), {}), data)
+        yield {"treatment": RIVAL, "sqnr_db": sqnr(reference, rival((x,), {})[0])}
+    if BLIND not in done:
+        with torch.no_grad():
+            mean = model(data).mean(0, keepdim=True)
+        yield {"treatment": BLIND, "sqnr_db": sqnr(reference, mean.expand_as(reference))}
+    if BOUND not in done:
+        yield {"treatment": BOUND} | bound(model, data, x, reference)
+    for each in TREATMENTS:
+        if each.name not in done:
+            yield {"treatment": each.name} | treated(each, model, data, x, reference)
+    if GOAL not in done:
+        yield {"treatment": GOAL} | goal(model, data, x, reference)
 
-    def line(treatment: str, value: float | None, **more: Any) -> dict[str, Any]:
-        return {"model": name, "treatment": treatment, "sqnr_db": value} | more
 
-    rival = onnxruntime_static(capture(model, (data,), {}), data)
-    yield line("onnxruntime static", sqnr(reference, rival((x,), {})[0]))
-    for observer in ("minmax", "percentile", "mse"):
-        done = convert(model, "int8-static", data, observer=observer)
-        yield line(f"static, {observer}", sqnr(reference, done.module(x)))
+def bound(model: nn.Module, data: Tensor, x: Tensor, reference: Tensor) -> dict[str, Any]:
+    """What the float model makes of inputs of 8 bits, in the range of least error."""
+    if not x.is_floating_point():
+        return {"sqnr_db": None, "reason": "its input are numbers of tokens"}
+    spec = DIALECTS["onnx"].input_spec("static")
+    observer = Observer(OBSERVERS["mse"](), spec)
+    observer.update(data)
+    rounded = fake_quantize(x, qparams_from_range(*observer.range(), spec), spec)
+    with torch.no_grad():
+        return {"sqnr_db": sqnr(reference, model(rounded))}
+
+
+def treated(
+    given: Treatment, model: nn.Module, data: Tensor, x: Tensor, reference: Tensor
+) -> dict[str, Any]:
+    """What a treatment gives."""
+    named = {} if given.algorithm == "rtn" else {"algorithm": given.algorithm}
+    recipe = Recipe.simple(parse(given.scheme), algorithm=given.algorithm)
+    start = time.perf_counter()
     try:
-        done = convert(model, "int8-dynamic", data)
-        yield line("dynamic", sqnr(reference, done.module(x)))
+        done = convert(model, recipe, data, observer=given.observer, dialect=given.dialect)
     except QkitError as error:
-        yield line("dynamic", None, reason=error.problem)
-    for algorithm in ALGORITHMS:
-        for observer in ("minmax", "mse") if algorithm == ALGORITHMS[-1] else ("minmax",):
-            recipe = Recipe.simple(parse("int8-static"), algorithm=algorithm)
-            done = convert(model, recipe, data, observer=observer)
-            value = sqnr(reference, done.module(x))
-            yield line(f"{observer}, {algorithm}", value, algorithm=algorithm)
-    yield from goal(model, data, x, reference, line)
+        return named | {"sqnr_db": None, "reason": error.problem}
+    seconds = round(time.perf_counter() - start, 1)
+    return named | {"sqnr_db": sqnr(reference, done.module(x)), "seconds": seconds}
 
 
-def goal(model: nn.Module, data: Tensor, x: Tensor, reference: Tensor, line: Any) -> Iterator[Any]:
-    """What it takes to reach a SQNR with some layers in float; nothing, if it is there anyhow."""
+def goal(model: nn.Module, data: Tensor, x: Tensor, reference: Tensor) -> dict[str, Any]:
+    """What it takes to reach a SQNR with some layers in float."""
     start = time.perf_counter()
     recipe, notes = reach(
         model,
@@ -214,30 +241,34 @@ def goal(model: nn.Module, data: Tensor, x: Tensor, reference: Tensor, line: Any
     )
     seconds = round(time.perf_counter() - start, 1)
     if not notes:
-        return
+        return {"sqnr_db": None, "reason": "it is there with all layers"}
     done = convert(model, recipe, data, observer="mse")
-    left = [rule.match for rule in recipe.rules if rule.scheme is None]
     value = sqnr(reference, done.module(x))
     with tempfile.TemporaryDirectory() as folder:
         report = lower(model, recipe, Path(folder, "out"), calib=data, observer="mse")
-    yield line(
-        f"static, mse, goal {GOAL_DB:g} dB",
-        value,
-        float=left,
-        layers=len(done.sites),
-        seconds=seconds,
-        speedup=report.latency_ms["speedup"],
-    )
+    return {
+        "sqnr_db": value,
+        "float": [rule.match for rule in recipe.rules if rule.scheme is None],
+        "layers": len(done.sites),
+        "seconds": seconds,
+        "speedup": report.latency_ms["speedup"],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES))
-    chosen = parser.parse_args().models
-    tell_head()
-    for name in chosen:
-        for line in measured(name, CASES[name]):
-            say(**line)
+    parser.add_argument("--again", action="store_true", help="measure what has a line, too")
+    parser.add_argument("--results", type=Path, default=RESULTS / "accuracy.jsonl")
+    given = parser.parse_args()
+    if not records(given.results):
+        append(given.results, facts())
+    before = [] if given.again else records(given.results)
+    for name in given.models:
+        done = {r["treatment"] for r in before if r.get("model") == name}
+        for line in measured(name, CASES[name], done):
+            print(name, line["treatment"], line["sqnr_db"], line.get("reason", ""), flush=True)
+            append(given.results, {"model": name} | line)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ PLANS = {
         ([],), (["--only=digits", "--seconds=0.05"], ["--only=minilm", "--seconds=0.05"])
     ),
     "models": Plan(([],), (["--quick"],)),
-    "accuracy": Plan(([],), (["--models", "MLP"],)),
+    "accuracy": Plan(([f"--results={OUT}"],), ([f"--results={OUT}", "--models", "MLP"],)),
     "compression": Plan(
         ([],), (["--quick", "--seeds=1", "--case=lenet-300-100", "--case=distill"],)
     ),

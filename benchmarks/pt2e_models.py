@@ -56,19 +56,20 @@ def resnet(blocks: tuple[int, ...], *, bottleneck: bool) -> nn.Module:
     return pooled(*body, width=width)
 
 
-def mobilenet_v2() -> nn.Module:
-    """Sandler et al. 2018, table 2: expansion, outputs, blocks, stride."""
-    body: list[nn.Module] = [ConvNorm(3, 32, 3, 2, act=nn.ReLU6)]
-    width = 32
+def mobilenet_v2(size: float = 1.0, classes: int = 1000) -> nn.Module:
+    """Sandler et al. 2018, table 2: expansion, outputs, blocks, stride; ``size`` times as wide."""
+    width = int(32 * size)
+    body: list[nn.Module] = [ConvNorm(3, width, 3, 2, act=nn.ReLU6)]
     for factor, outputs, count, stride in (
         *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
         *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
     ):
         for block in range(count):
-            step = 1 if block else stride
-            body.append(Inverted(width, outputs, 3, step, factor * width, nn.ReLU6))
-            width = outputs
-    return pooled(*body, ConvNorm(320, 1280, 1, act=nn.ReLU6), width=1280)
+            step, made = 1 if block else stride, int(outputs * size)
+            body.append(Inverted(width, made, 3, step, factor * width, nn.ReLU6))
+            width = made
+    last = int(1280 * size)
+    return pooled(*body, ConvNorm(width, last, 1, act=nn.ReLU6), width=last, classes=classes)
 
 
 def hard_excite(channels: int) -> nn.Module:

@@ -257,8 +257,11 @@ def algorithms() -> str:
     rows = []
     for model in dict.fromkeys(r["model"] for r in records):
         found = {r["treatment"]: r["sqnr_db"] for r in records if r["model"] == model}
-        base = found["static, minmax"]
-        gains = [f"{found[name] - base:+.1f}" if name in found else "" for name in names]
+        base = found.get("static, minmax")
+        if base is None:
+            continue
+        values = [found.get(name) for name in names]
+        gains = ["" if value is None else f"{value - base:+.1f}" for value in values]
         rows.append([model, f"{base:.1f}", *gains])
     return markdown(["model", "minmax", *(name.removeprefix("minmax, ") for name in names)], rows)
 

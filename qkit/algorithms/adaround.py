@@ -47,25 +47,25 @@ def adaround(weight: Tensor, spec: QSpec, stats: Stats, *, name: str = "weight")
     qparams = choose_qparams(weight, spec, name=name)
     scale, zero_point = (t.float() for t in per_value(qparams, spec, weight))
     groups = len(stats.moment)
-    parts = zip(
-        (weight.float() / scale).chunk(groups), zero_point.chunk(groups), stats.moment, strict=True
-    )
-    codes = torch.cat([_learn(w, z, h, fmt) for w, z, h in parts])
+    rows, zeros = (t.unflatten(0, (groups, -1)) for t in (weight.float() / scale, zero_point))
+    codes = _learn(rows, zeros, stats.moment, fmt).flatten(0, 1)
     return QTensor(codes.to(code_dtype(fmt)), qparams, spec)
 
 
 def _learn(w: Tensor, zero_point: Tensor, moment: Tensor, fmt: Int) -> Tensor:
-    """The codes of some rows, given in steps, all of which see inputs with the same ``moment``."""
+    """The codes of rows ``[groups, rows, in]``, given in steps; those of a group see inputs with
+    the same ``moment`` ``[groups, in, in]``."""
     nearest = (w.round() + zero_point).clamp(fmt.qmin, fmt.qmax)
-    size = moment.diagonal().mean()
-    if not size > 0:  # inputs that were always zero say nothing
+    power = moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    known = power > 0  # inputs that were always zero say nothing
+    if not known.any():
         return nearest
-    h = moment.float() / size
+    h = moment.float() / torch.where(known, power, 1.0)
 
     def loss(codes: Tensor) -> Tensor:
         """``d^T H d`` of each row."""
         d = w - (codes - zero_point)
-        return ((d @ h) * d).sum(1)
+        return ((d @ h) * d).sum(2, keepdim=True)
 
     low = w.floor() + zero_point
     # h(v) starts as what rounding left: the weights are exact then.
@@ -92,5 +92,4 @@ def _learn(w: Tensor, zero_point: Tensor, moment: Tensor, fmt: Int) -> Tensor:
         size = (second / (1 - SQUARE**at)).sqrt_().add_(1e-8)
         v -= RATE / (1 - MEAN**at) * first / size
     learnt = (low + (v >= 0)).clamp(fmt.qmin, fmt.qmax)
-    better = loss(learnt) < loss(nearest)
-    return torch.where(better[:, None], learnt, nearest)
+    return torch.where(known & (loss(learnt) < loss(nearest)), learnt, nearest)
