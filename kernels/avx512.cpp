@@ -292,6 +292,28 @@ void turn(const float* const* from, int64_t count, float* out, int64_t stride) {
     }
 }
 
+template <int P>
+void comb(const int8_t* from, int64_t length, int8_t* out) {
+    const __m512i order =
+        _mm512_broadcast_i32x4(P == 2   ? _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7,  //
+                                                        8, 10, 12, 14, 9, 11, 13, 15)
+                               : P == 4 ? _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13,  //
+                                                        2, 6, 10, 14, 3, 7, 11, 15)
+                                        : _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11,  //
+                                                        4, 12, 5, 13, 6, 14, 7, 15));
+    for (int64_t at = 0; at < length; at += 64) {
+        __mmask64 some = length - at < 64 ? (1ull << (length - at)) - 1 : ~0ull;
+        __m512i bytes = _mm512_maskz_loadu_epi8(some, from + at);
+        bytes = _mm512_shuffle_epi8(bytes, order);
+        if (P == 8) {  // from neighbours of 16 bytes, which hold pairs, to their fours
+            __m512i other = _mm512_shuffle_i32x4(bytes, bytes, 0xb1);
+            bytes = _mm512_mask_mov_epi32(_mm512_unpacklo_epi16(bytes, other), 0xf0f0,
+                                          _mm512_unpackhi_epi16(other, bytes));
+        }
+        _mm512_mask_storeu_epi8(out + at, some, bytes);
+    }
+}
+
 void spread(const uint8_t* const* from, int64_t bytes, int bits, int64_t ahead, uint8_t* out) {
     if (bits == 8) spread_as<8>(from, bytes, ahead, out);
     if (bits == 4) spread_as<4>(from, bytes, ahead, out);

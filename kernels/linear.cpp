@@ -59,13 +59,14 @@ int64_t most_pieces(const Weight& w) {
 }
 
 // Whether so few rows go without a tile: measured, it pays where sums are brought together seldom.
-bool streamed(const Weight& w, int64_t rows, int32_t limbs) {
+bool streamed(const Weight& w, int64_t rows, int32_t limbs, bool whole) {
+    if (whole) return w.bits > 1 && rows <= (w.columns < LONG ? STREAMED : CROSSED);
     bool parts = w.block < w.columns && w.block * w.bits < 64 * 8;
     return w.bits > 1 && rows * limbs <= (rows == 1 ? 3 : parts ? 0 : STREAMED);
 }
 
-Plan plan(const Weight& w, bool stream, Piece* pieces, int64_t* first_piece) {
-    Plan p{&w, pieces, first_piece, 0, ceil_div(w.columns, BLOCK), 0, false, false, false, 1};
+Plan plan(const Weight& w, bool stream, bool whole, Piece* pieces, int64_t* first_piece) {
+    Plan p{&w, pieces, first_piece, 0, ceil_div(w.columns, BLOCK), 0, false, false, false, whole, 1};
     p.flat = w.block >= w.columns;
     // Bytes and what divides them evenly are used as they lie, if groups begin at whole units.
     int32_t pack = 8 % w.bits == 0 ? 8 / w.bits : 0;
@@ -164,7 +165,9 @@ QKIT_API int32_t qkit_linear(const qkit_weight* weight, const qkit_acts* how, co
     int64_t blocks = ceil_div(w.columns, BLOCK), count = most_pieces(w);
     Piece* pieces = scratch.take<Piece>(count);
     int64_t* first_piece = scratch.take<int64_t>(blocks + 1);
-    const Plan p = plan(w, use.streams && !affine && streamed(w, rows, limbs), pieces, first_piece);
+    const bool whole = !exact && w.block >= w.columns && w.columns <= WHOLE;
+    const bool stream = use.streams && (whole || !affine) && streamed(w, rows, limbs, whole);
+    const Plan p = plan(w, stream, whole, pieces, first_piece);
     Digits d{};
     d.limbs = limbs;
     const int64_t all = most + affine;

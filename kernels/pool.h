@@ -50,19 +50,43 @@ void parallel(int64_t n, int64_t cost, int32_t threads, const Body& body, int64_
     run(Job::task, &job, (unsigned)(threads < pieces ? threads : pieces), 0);
 }
 
+// What is a large page where Linux makes them on request: from the first to before the last address
+// of those that lie within some memory; else nothing does.
+struct LargePages {
+    uintptr_t first = 0, last = 0;
+
+    LargePages(const void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+        const uintptr_t page = 1 << 21, at = reinterpret_cast<uintptr_t>(memory);
+        first = (at + page - 1) & ~(page - 1);
+        last = (at + (uintptr_t)bytes) & ~(page - 1);
+#else
+        (void)memory, (void)bytes;
+#endif
+    }
+
+    // Whether there are any and the system takes the advice.
+    bool advise(int advice) const {
+#if defined(__linux__)
+        return first < last && !madvise(reinterpret_cast<void*>(first), last - first, advice);
+#else
+        (void)advice;
+        return false;
+#endif
+    }
+};
+
 // The pages of a large new result are made when they are first written, which takes longer than
 // the work. Asks for pages of 2 MiB (where Linux makes them on request), and returns the grain with
 // which two threads seldom make the same one.
 template <class T>
 int64_t large(T* result, int64_t values, int32_t threads) {
-    (void)result;
     int64_t grain = values / (8 * (threads > 0 ? threads : 1));
     if (grain <= GRAIN) return GRAIN;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t page = 1 << 21, at = reinterpret_cast<uintptr_t>(result);
-    uintptr_t first = (at + page - 1) & ~(page - 1);
-    uintptr_t last = reinterpret_cast<uintptr_t>(result + values) & ~(page - 1);
-    if (first + page < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+    LargePages(result, values * (int64_t)sizeof(T)).advise(MADV_HUGEPAGE);
+#else
+    (void)result;
 #endif
     return grain < 1 << 20 ? grain : 1 << 20;
 }

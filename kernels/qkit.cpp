@@ -132,6 +132,17 @@ QKIT_API void qkit_set_pool(qkit_pool run) {
     pool.store(run, std::memory_order_release);
 }
 
+QKIT_API void qkit_keep(const void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const int collapse = 25;  // MADV_COLLAPSE, newer than many a header
+    LargePages pages(memory, bytes);
+    // An older kernel does the same in its own time.
+    if (!pages.advise(collapse)) pages.advise(MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
 QKIT_API void qkit_range(const float* x, int64_t rows, int64_t columns, int64_t block, float* lo,
                          float* hi, int32_t threads) {
     Rows m = shape(rows, columns, block);

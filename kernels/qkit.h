@@ -10,7 +10,7 @@
 #include <cstdint>
 
 // Raised whenever a signature or a layout changes; qkit/native.py holds the same number.
-#define QKIT_ABI 5
+#define QKIT_ABI 6
 
 #define QKIT_API extern "C" __attribute__((visibility("default")))
 
@@ -25,6 +25,11 @@ QKIT_API const char* qkit_use(const char* isa);
 // has (a second pool would fight it for the cores), or null for none.
 typedef void (*qkit_pool)(void (*task)(void*), void* data, unsigned threads, unsigned flags);
 QKIT_API void qkit_set_pool(qkit_pool pool);
+
+// Memory that will be read often, such as a weight: where Linux makes large pages of small ones on
+// request, the whole ones inside become large (2 MiB), so that reading it seldom waits for a page's
+// address. What it holds stays as it is; this takes about as long as copying it.
+QKIT_API void qkit_keep(const void* memory, int64_t bytes);
 
 // lo = min(0, least value), hi = max(0, greatest value) of each block; both are NaN where the block
 // holds NaN or infinity.
@@ -104,7 +109,8 @@ QKIT_API int32_t qkit_decode(const qkit_weight* weight, const int64_t* index, in
 //   |error| <= (pieces + 4) u (sum|x'|(|code| + |zero_point|)|scale| + |bias|), where a piece is
 //   what a group and a block of 512 columns have in common. Rows that are not finite, or hold a
 //   magnitude of 2^110 or more, go by floats.
-// * Integer activations x' = q * a, with a zero point z: sum x' w - (z a) sum w, both sums as above,
+// * Integer activations x' = q * a, with a zero point z: sum x' w - (z a) sum w, both sums as above
+//   (but with one scale for a row of at most 2^15 columns, the row is one piece),
 //   |error| <= (pieces + 7) u (sum(|x'| + |z a|)(|code| + |zero_point|)|scale| + |bias|); without
 //   z, (pieces + 4) u. Rows that are not finite give NaN.
 //

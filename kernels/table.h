@@ -18,8 +18,13 @@ struct Weight {
 constexpr int64_t ROWS = 64, MOST_ROWS = 128;
 // Rows of x up to which the weight is not made a tile, where there is code for that.
 constexpr int64_t STREAMED = 4;
+// The same where a row's sum is one integer to its end, with so many columns or more.
+constexpr int64_t CROSSED = 16, LONG = 4096;
 // Columns of x that share a scale where exact activations become integers.
 constexpr int64_t BLOCK = 512;
+
+// Columns up to which a sum of products of codes and digits is an int32, with its offsets.
+constexpr int64_t WHOLE = 1 << 15;
 
 // Values of x that are quantized at a time, between finding their range and their codes.
 constexpr int64_t NEAR = 4096;
@@ -39,6 +44,7 @@ struct Plan {
     bool direct;  // the codes are used as they lie in their words, `pack` to a byte; else as bytes
     bool flat;    // one scale for all columns
     bool stream;  // few rows of x: the weight is not made a tile, but multiplied as it lies
+    bool whole;   // integer activations and one scale: a row's sum is an integer to its end
     int32_t pack;
 };
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from qkit.errors import UsageError
 
 # The number in kernels/qkit.h: a library of another number was built from other sources.
-ABI = 5
+ABI = 6
 ISAS = ("scalar", "avx2", "avx512", "avx512vnni", "neon", "dotprod")
 
 # Every function of the interface and its arguments: pointer, int64, int32.
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 SIGNATURES = {
+    "qkit_keep": (_P, _L),
     "qkit_range": (_P, _L, _L, _L, _P, _P, _I),
     "qkit_quantize": (_P, _L, _L, _L, _P, _P, _I, _I, _P, _I),
     "qkit_quantize_minmax": (_P, _L, _L, _L, _I, _I, _P, _P, _P, _I),

@@ -114,7 +114,8 @@ def embedding(
     """``embedding`` with the kernels; None where it has to go through the dispatcher."""
     if indices.dtype not in native.INDICES or dtype not in native.TYPES:
         return None
-    stored = _found(kept, indices, (weight, scale, zero_point, None), bits, group, columns)
+    tensors = weight, scale, zero_point, None
+    stored = _found(kept, indices, tensors, bits, group, columns, whole=False)
     kernels = library.library()
     rows = (
         None
@@ -148,8 +149,12 @@ def _found(
     group: int,
     columns: int,
     book: bool = False,
+    whole: bool = True,
 ) -> native.Stored | None:
-    """The stored weight as the kernels take it; None if ``x`` is not for a direct call."""
+    """The stored weight as the kernels take it; None if ``x`` is not for a direct call.
+
+    ``whole`` if each call reads all of it.
+    """
     weight, scale, third, bias = tensors
     if type(x) is not Tensor or x.device.type != "cpu" or _watched(x, bias):
         return None
@@ -158,8 +163,11 @@ def _found(
     key = _identity(weight), _identity(scale), _identity(third), _identity(bias)
     known, stored = kept.of
     if key != known:
+        before = stored.weight.codes if isinstance(stored, native.Stored) else None
         zero_point, levels = (None, third) if book else (third, None)
         stored = native.stored(weight, scale, zero_point, bias, bits, group, columns, levels)
+        if whole and stored is not None and stored.weight.codes != before:
+            native.keep(library.library(), stored)
         kept.of = key, stored
     return None if stored is None or stored.columns != columns else stored
 

@@ -27,6 +27,9 @@ INDICES = (torch.int64, torch.int32)
 SCALES = (*TYPES, torch.float8_e8m0fnu)
 BYTES = (torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 
+# From here on there is a whole large page in a tensor, wherever it lies.
+KEPT_BYTES = 4 << 20
+
 # What becomes of the activations: `kind` in kernels/qkit.h.
 EXACT, SYMMETRIC, AFFINE, STATIC = range(4)
 _EXACT = native.Acts(EXACT, 0, 0, 0.0, 0)
@@ -98,6 +101,14 @@ def stored(
         None if bias is None else bias.data_ptr(),
     )
     return Stored(pointers, weight, scale, zero_point, bias, levels)
+
+
+def keep(kernels: ctypes.CDLL | None, weight: Stored) -> None:
+    """Make a large weight that will be used again quicker to read."""
+    for tensor in weight.tensors:
+        nbytes = 0 if tensor is None else tensor.nbytes
+        if kernels is not None and tensor is not None and nbytes >= KEPT_BYTES:
+            kernels.qkit_keep(tensor.data_ptr(), nbytes)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -422,6 +422,8 @@ class Linear {
         for (int64_t r = 0; r < rows; ++r) fill(r);
         for (int64_t k = 0; k < columns; ++k)
             pieces += k % BLOCK == 0 || (w.block && k % w.block == 0);
+        // Of integers under one scale, a whole row is one.
+        if (kind != EXACT && (!w.block || w.block >= columns)) pieces = std::min<int64_t>(pieces, 1);
         test.is(", rows %lld, kind %d in [%d, %d], %s%s", (long long)rows, kind, acts.qmin,
                 acts.qmax, formats[type].name, biased ? ", bias" : "");
     }
@@ -457,7 +459,7 @@ class Linear {
 
   private:
     static Matrix shape(Random& random) {
-        static const int64_t many[] = {511, 512, 513, 1023, 1024, 1024 + 33};
+        static const int64_t many[] = {511, 512, 513, 1023, 1024, 1024 + 33, 4200};
         Matrix m(random);
         m.columns = random.one_in(50) ? 0 : random.one_in(3) ? random.of(many) : random.size(1100);
         m.rows = random.one_in(50) ? 0 : random.size(random.one_in(3) ? 140 : 40);
@@ -620,6 +622,15 @@ void linear(Case& test) {
     }
 }
 
+void keep(Case& test) {
+    // Seldom as large as a large page: making one takes a millisecond.
+    const int64_t most = test.random.one_in(30) ? 9 << 20 : 5000;
+    Buffer<uint8_t> memory(test, "memory", test.random.between(0, most));
+    for (int64_t i = 0; i < memory.size; ++i) memory[i] = (uint8_t)(i * 2654435761u >> 13);
+    qkit_keep(memory.data(), memory.size);
+    for (int64_t i = 0; i < memory.size; ++i) memory.must_be(i, (uint8_t)(i * 2654435761u >> 13));
+}
+
 // The integers of activations give the bits of the scalar set, which is the definition of correct.
 void use(Case& test) {
     Linear call(test, (Kind)test.random.between(SYMMETRIC, STATIC));
@@ -640,6 +651,6 @@ const Check array_checks[] = {
     {"qkit_range", range},   {"qkit_quantize", quantize}, {"qkit_dequantize", dequantize},
     {"qkit_quantize_minmax", quantize_minmax},
     {"qkit_pack", pack},     {"qkit_unpack", unpack},     {"qkit_decode", decode},
-    {"qkit_linear", linear}, {nullptr, nullptr},
+    {"qkit_linear", linear}, {"qkit_keep", keep},         {nullptr, nullptr},
 };
 const Check choice_checks[] = {{"qkit_use", use}, {nullptr, nullptr}};

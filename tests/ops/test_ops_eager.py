@@ -259,6 +259,27 @@ def test_functional_calls_use_the_tensors_given(direct):
     assert torch.equal(layer(x), want[0])
 
 
+def test_a_large_weight_is_asked_to_be_kept_once(direct, monkeypatch):
+    kept, keep = [], eager.native.keep
+    monkeypatch.setattr(
+        eager.native, "keep", lambda kernels, w: (kept.append(w), keep(kernels, w))[0]
+    )
+    layer = nn.Linear(1100, 4100)
+    layer = QLinear.from_float(layer, rtn(layer.weight.detach(), parse("w8a16").weight)).eval()
+    assert layer.weight.nbytes > eager.native.KEPT_BYTES
+    layer.requires_grad_(False)
+    x = torch.randn(2, 1100)
+    codes = layer.weight.clone()
+    for _ in range(2):
+        agrees(layer, x, direct)
+        layer.weight_scale.mul_(2)  # another key, the same memory
+    assert len(kept) == 1
+    assert torch.equal(layer.weight, codes)
+    layer.weight = codes
+    agrees(layer, x, direct)
+    assert len(kept) == 2
+
+
 def test_tensors_of_inference_mode_are_looked_at_each_time(direct):
     with torch.inference_mode():
         layer, x = layer_of("w8a16"), torch.randn(3, 21)

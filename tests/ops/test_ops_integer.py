@@ -2,7 +2,8 @@
 
 Integer activations x' = q a, with a zero point z. The codes q are exact (the oracle's), and so are
 products of codes. The tolerance of the kernels is that of kernels/qkit.h: with u = 2^-24, and a
-piece for what a group and a block of 512 columns have in common,
+piece for what a group and a block of 512 columns have in common (one, if there are no groups and at
+most 2^15 columns),
 
     |error| <= (pieces + 7) u (sum (|q| + |z|) a (|code| + |zero|) |scale| + |bias|)
 
@@ -41,7 +42,7 @@ LIBRARY = native.library()
 WAYS = [*(ISAS if LIBRARY is not None else ()), "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-BLOCK = 512
+BLOCK, WHOLE = 512, 1 << 15
 
 SCHEMES = [
     *("w8a16", "w8a16-asym", "w8a16-g32", "w8a16-g5-asym", "w8a16-tensor-asym"),
@@ -98,10 +99,10 @@ def group_of(spec: QSpec) -> int:
     return spec.granularity.size if isinstance(spec.granularity, PerGroup) else 0
 
 
-def stored(scheme: str | QSpec, rows: int, columns: int, scale=None) -> Case:
+def stored(scheme: str | QSpec, rows: int, columns: int, scale=None, matrix=None) -> Case:
     spec = parse(scheme).weight if isinstance(scheme, str) else scheme
     spec = spec if scale is None else replace(spec, scale=scale)
-    matrix = randn(rows, columns, seed=1)
+    matrix = randn(rows, columns, seed=1) if matrix is None else matrix
     q = rtn(matrix, spec)
     tensors = to_tensors(q, (rows, columns))
     weight = tensors["weight" if spec.format.bits == 8 else "weight_packed"]
@@ -147,6 +148,8 @@ def check(way: str, x: torch.Tensor, case: Case, bias, acts) -> torch.Tensor:
     else:
         group = case.how[1] or columns
         pieces = len({*range(0, columns, BLOCK), *range(0, columns, group)})
+        if group >= columns and columns <= WHOLE:
+            pieces = 1
         _, size = linear_oracle(most, case.size, added)
         inside = 1.01 * (pieces + (4 if acts[1] else 7)) * 2.0**-24 * size
         inside = inside + (2 * pieces + 4) * 2.0**-150
@@ -239,22 +242,50 @@ def test_rows_of_one_value(x, acts, way):
     check(way, torch.full((1, 9), x), stored("w8a16", 3, 9), randn(3, seed=2), acts)
 
 
-@pytest.mark.skipif(LIBRARY is None, reason=f"no kernels: {native.status()}")
-@pytest.mark.parametrize("acts", [*DYNAMIC, *STATIC], ids=str)
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_all_instruction_sets_give_the_same_bits(scheme, acts):
+def same_bits(case: Case, columns: int, many: tuple[int, ...], acts) -> None:
     assert LIBRARY is not None
-    case, before, results = stored(scheme, 37, 530), native.isa(), {}
+    before, results = native.isa(), {}
     try:
         for isa in ISAS:
             if LIBRARY.qkit_use(isa.encode()) is not None:
-                for rows in (1, 4):
-                    x = randn(rows, 530)
+                for rows in many:
+                    x = randn(rows, columns)
                     results.setdefault(rows, []).append(call(isa, x, case, None, acts))
     finally:
         LIBRARY.qkit_use(before.encode() if before else None)
     for same in results.values():
         assert all(torch.equal(got, same[0]) for got in same)
+
+
+with_kernels = pytest.mark.skipif(LIBRARY is None, reason=f"no kernels: {native.status()}")
+
+
+@with_kernels
+@pytest.mark.parametrize("acts", [*DYNAMIC, *STATIC], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_all_instruction_sets_give_the_same_bits(scheme, acts):
+    same_bits(stored(scheme, 37, 530), 530, (1, 4), acts)
+
+
+@with_kernels
+@pytest.mark.parametrize("acts", [DYNAMIC[0], DYNAMIC[1], STATIC[1]], ids=str)
+@pytest.mark.parametrize(
+    "scheme", ["w8a16", "w8a16-asym", "w4a16-channel", "w3a16-channel-asym", "w2a16-channel-asym"]
+)
+def test_whole_rows_give_the_same_bits(scheme, acts):
+    """Rows that are longer than what is kept in the first cache, more of them than are streamed."""
+    same_bits(stored(scheme, 43, 4700), 4700, (1, 3, 6, 70), acts)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("columns", [32768, 32769])
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a16-asym", "w4a16-channel"])
+def test_the_longest_sum_that_is_one_integer(scheme, columns, sign, way):
+    """The greatest codes everywhere, at the columns up to which their sum is kept in 32 bits."""
+    case = stored(scheme, 2, columns, matrix=torch.full((2, columns), float(sign)))
+    for acts in (DYNAMIC[0], DYNAMIC[1]):
+        check(way, torch.full((5, columns), 3.0), case, None, acts)
+        check(way, torch.full((1, columns), -3.0), case, None, acts)
 
 
 def test_a_row_depends_neither_on_the_others_nor_on_the_threads(way):
