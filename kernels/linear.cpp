@@ -165,7 +165,7 @@ QKIT_API int32_t qkit_linear(const qkit_weight* weight, const qkit_acts* how, co
     int64_t blocks = ceil_div(w.columns, BLOCK), count = most_pieces(w);
     Piece* pieces = scratch.take<Piece>(count);
     int64_t* first_piece = scratch.take<int64_t>(blocks + 1);
-    const bool whole = !exact && w.block >= w.columns && w.columns <= WHOLE;
+    const bool whole = !exact && w.columns > 0 && w.block >= w.columns && w.columns <= WHOLE;
     const bool stream = use.streams && (whole || !affine) && streamed(w, rows, limbs, whole);
     const Plan p = plan(w, stream, whole, pieces, first_piece);
     Digits d{};
