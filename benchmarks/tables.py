@@ -255,7 +255,7 @@ def algorithms() -> str:
     if not names:
         return "Not measured yet."
     rows = []
-    for model in dict.fromkeys(r["model"] for r in records):
+    for model in dict.fromkeys(r["model"] for r in records if "algorithm" in r):
         found = {r["treatment"]: r["sqnr_db"] for r in records if r["model"] == model}
         base = found.get("static, minmax")
         if base is None:
