@@ -96,9 +96,16 @@ def test_the_command_verifies_packages_and_refuses_damaged_ones(static, tmp_path
     assert "qlinear_pointwise_tensor x1" in told.out
     assert command("verify", file, "--dialect", "tensorrt").code == 2
     whole = file.read_bytes()
+    with zipfile.ZipFile(file) as package:
+        library = next(i for i in package.infolist() if i.filename.endswith(".so"))
     # Cut off; an entry of other bytes; no package; a package without its library.
-    middle = whole.index(b"\x7fELF") + 99
-    for content in (whole[:500], whole[:middle] + b"!" + whole[middle + 1 :], b"", b"not a zip"):
+    middle = library.header_offset + library.compress_size // 2
+    for content in (
+        whole[:500],
+        whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        b"",
+        b"not a zip",
+    ):
         file.write_bytes(content)
         with pytest.raises(errors.InputError, match="corrupt"):
             verify(file, trust_code=True)
