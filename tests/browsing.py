@@ -42,7 +42,7 @@ def opened(browser: Browser, file: Path, *, width: int = 1400, scheme: str = "li
     return seen
 
 
-def whole(browser: Browser, file: Path, width: int, scheme: str) -> None:
+def whole(browser: Browser, file: Path, width: int, scheme: str, charts_at_least: int = 7) -> None:
     """The page is drawn, without a request or a word on the console, and anyone can read it."""
     seen = opened(browser, file, width=width, scheme=scheme)
     assert seen.problems == []
@@ -62,7 +62,7 @@ def whole(browser: Browser, file: Path, width: int, scheme: str) -> None:
             };
         })""",
     )
-    assert len(charts) >= 7
+    assert len(charts) >= charts_at_least
     for chart in charts:
         assert chart["marks"] > 0
         assert chart["height"] > 60

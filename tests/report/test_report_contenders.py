@@ -16,6 +16,7 @@ NAMES = ["float", "float again", "w8a16", "w4a16-g32"]
 NAMES += ["int8 inductor", "int8 xnnpack", "int8 onnx"]
 # The share of digits told rightly, of 97 to 98 %, and the cosine of embeddings.
 LEAST = {"digits": 95.0, "MiniLM": 0.97}
+CHARTS = 6  # of one batch and one number of threads
 
 pytestmark = pytest.mark.slow
 
@@ -49,15 +50,19 @@ def test_all_are_measured(case, records):
         assert record["ci"][0] <= record["ms"] <= record["ci"][1]
         assert record["metric"] >= LEAST[case]
     assert "sqnr_db" not in records["float again"]  # no error at all
-    # Rounding to 8 bits leaves 20 dB and more of such models, to 4 bits 10.
-    assert all(records[name]["sqnr_db"] > (10 if "w4" in name else 20) for name in NAMES[2:])
+    # Rounding to 8 bits leaves 20 dB and more of a CNN, to 4 bits 10. MiniLM's states at padding,
+    # which nothing reads, differ freely, so that its embeddings are judged above; outputs that have
+    # nothing to do with the float model's are at 0 dB and less.
+    for name in NAMES[2:]:
+        least = 0 if case == "MiniLM" else 10 if "w4" in name else 20
+        assert records[name]["sqnr_db"] > least, name
     assert records["w4a16-g32"]["bytes"] < records["w8a16"]["bytes"] < records["float"]["bytes"]
 
 
 @pytest.mark.usefixtures("records")
 @pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (400, "dark"), (1400, "light")])
 def test_the_report_is_whole(browser, case, reports, width, scheme):
-    whole(browser, reports / f"{case}.html", width, scheme)
+    whole(browser, reports / f"{case}.html", width, scheme, charts_at_least=CHARTS)
 
 
 @pytest.mark.usefixtures("records")
