@@ -46,6 +46,8 @@ def times(
     """Have ``readers`` take the value of ``node`` times a constant, one ``factor`` for each place
     along its last dimension."""
     name, graph = f"_factor_of_{node.name}", module.graph
+    while hasattr(module, name):  # its value may be multiplied more than once
+        name += "_"
     module.register_buffer(name, factor)
     with graph.inserting_after(node):
         constant = graph.get_attr(name)
