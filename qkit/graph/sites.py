@@ -88,8 +88,8 @@ def find_sites(module: fx.GraphModule, recipe: Recipe, dialect: Dialect) -> list
             reason = reason or _obstacle(node, kind, scheme, dialect) or ""
         name = str(weight[0].target) if weight else None
         given = None if reason else scheme
-        layers = int(str(node.args[4])) if kind.role == "recurrent" and weight else 1
-        layers = 0 if table else layers
+        steps = kind.role == "recurrent" and weight
+        layers = 0 if table else int(str(node.args[4])) if steps else 1
         sites.append(Site(node, owner, kind.name, name, given, reason or None, layers, algorithms))
     return _without_float_readers(module, sites)
 

@@ -18,10 +18,10 @@ from qkit.ops import eager
 
 _LINEAR = ("linear", "linear_codebook", "linear_dynamic", "linear_static")
 # What calls an operator on the kernels: of what a call keeps, and the operator's arguments.
-_CALLS: dict[str, Callable[..., Tensor | None]] = {
-    **{name: partial(eager.linear, name) for name in _LINEAR},
-    "convolution": eager.convolve,
-    "embedding": eager.embedding,
+_CALLS: dict[Any, Callable[..., Tensor | None]] = {
+    **{getattr(torch.ops.qkit, name).default: partial(eager.linear, name) for name in _LINEAR},
+    torch.ops.qkit.convolution.default: eager.convolve,
+    torch.ops.qkit.embedding.default: eager.embedding,
 }
 # So many kinds of inputs are remembered.
 MAX_KNOWN = 64
@@ -31,10 +31,10 @@ _PLAIN = (bool, int, float, str, type(None))
 class Direct(nn.Module):
     """One call of an operator in a program, with the pointers that it keeps between calls."""
 
-    def __init__(self, name: str, operator: Callable[..., Tensor]) -> None:
+    def __init__(self, operator: Callable[..., Tensor]) -> None:
         super().__init__()
         self._operator = operator
-        self._call = _CALLS[name]
+        self._call = _CALLS[operator]
         self._kept = eager.Kept()
 
     def forward(self, *args: Any) -> Tensor:
@@ -49,19 +49,15 @@ class Direct(nn.Module):
 def call_directly(program: fx.GraphModule) -> fx.GraphModule:
     """``program`` (the module of a ``torch.export`` program, which is changed) with its operators
     called directly where nobody watches, and the same inputs checked once."""
-    calls = nn.ModuleList()
-    for node in list(program.graph.nodes):
-        name = str(node.target).removeprefix("qkit.").removesuffix(".default")
-        if node.op != "call_function" or str(node.target) != f"qkit.{name}.default":
-            continue
-        if name in _CALLS and not node.kwargs:
-            program.qkit_calls = calls
-            calls.append(Direct(name, node.target))
-            with program.graph.inserting_before(node):
-                new = program.graph.call_module(f"qkit_calls.{len(calls) - 1}", node.args)
-            new.meta = node.meta
-            node.replace_all_uses_with(new)
-            program.graph.erase_node(node)
+    nodes = [n for n in program.graph.nodes if n.target in _CALLS and not n.kwargs]
+    if nodes:
+        program.qkit_calls = nn.ModuleList(Direct(node.target) for node in nodes)
+    for index, node in enumerate(nodes):
+        with program.graph.inserting_before(node):
+            new = program.graph.call_module(f"qkit_calls.{index}", node.args)
+        new.meta = node.meta
+        node.replace_all_uses_with(new)
+        program.graph.erase_node(node)
     program.recompile()
     _remember(program)
     return program
