@@ -278,18 +278,32 @@ inline void spread_as(const uint8_t* const* from, int64_t bytes, int64_t ahead, 
     for (int t = 0; at < bytes; ++t, at += 4) put_steps<bits>(r[t], out + t * step);
 }
 
-void turn(const float* const* from, int64_t count, float* out, int64_t stride) {
-    for (int64_t k = 0; k < count; k += 16) {
-        __mmask16 some = count - k < 16 ? (__mmask16)((1u << (count - k)) - 1) : 0xffff;
-        __m512i r[16];
-        for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi32(some, from[i] + k);
-        if (count > 1) transpose(r);
-        else
-            for (int i = 1; i < 16; ++i)
-                r[0] = _mm512_mask_expand_epi32(r[0], (__mmask16)(1u << i), r[i]);
-        for (int64_t t = k; t < count && t < k + 16; ++t)
-            _mm512_storeu_si512(out + t * stride, r[t - k]);
+// Four floats of 16 rows each become columns; of those, the first ones that `some` says.
+inline void turn_four(const float* const* from, int64_t k, __mmask8 some, float* out,
+                      int64_t stride) {
+    __m512 v[4];  // of the rows i, 4 + i, 8 + i and 12 + i
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        v[i] = _mm512_castps128_ps512(_mm_maskz_loadu_ps(some, from[i] + k));
+        v[i] = _mm512_insertf32x4(v[i], _mm_maskz_loadu_ps(some, from[4 + i] + k), 1);
+        v[i] = _mm512_insertf32x4(v[i], _mm_maskz_loadu_ps(some, from[8 + i] + k), 2);
+        v[i] = _mm512_insertf32x4(v[i], _mm_maskz_loadu_ps(some, from[12 + i] + k), 3);
     }
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3]));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
+    _mm512_storeu_pd(out, _mm512_unpacklo_pd(a, c));
+    if (some & 2) _mm512_storeu_pd(out + stride, _mm512_unpackhi_pd(a, c));
+    if (some & 4) _mm512_storeu_pd(out + 2 * stride, _mm512_unpacklo_pd(b, d));
+    if (some & 8) _mm512_storeu_pd(out + 3 * stride, _mm512_unpackhi_pd(b, d));
+}
+
+void turn(const float* const* from, int64_t count, float* out, int64_t stride) {
+    int64_t k = 0;
+    for (; k + 4 <= count; k += 4) turn_four(from, k, 15, out + k * stride, stride);
+    if (k < count)
+        turn_four(from, k, (__mmask8)((1u << (count - k)) - 1), out + k * stride, stride);
 }
 
 template <int P>

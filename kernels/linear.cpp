@@ -136,10 +136,20 @@ size_t integers_room(const Weight& w, int64_t rows, int32_t limbs) {
            Scratch::room<float>(rows * w.columns) + Scratch::room<uint8_t>(rows);
 }
 
-}  // namespace
+// Rows of x that are worth a pass over the weight of their own.
+constexpr int64_t WORTH = 32;
 
-QKIT_API int32_t qkit_linear(const qkit_weight* weight, const qkit_acts* how, const void* x,
-                             int32_t dtype, int64_t rows, void* out, int32_t threads) {
+// Into how many runs of rows a call is split, so that each thread does whole runs, from the digits
+// to the results, and waits for no other; 1 if they would be so short that it is better to share
+// the weight's rows.
+int64_t runs(int64_t rows, int64_t most, int32_t threads) {
+    if (threads <= 1 || rows < threads * WORTH) return 1;
+    int64_t runs = ceil_div(ceil_div(rows, most), threads) * threads;
+    return rows >= runs * WORTH ? runs : 1;
+}
+
+int32_t linear(const qkit_weight* weight, const qkit_acts* how, const void* x, int32_t dtype,
+               int64_t rows, void* out, int32_t threads) {
     const Table& use = table();
     const Weight w = stored(*weight);
     const Acts acts = {(Kind)how->kind, how->qmin, how->qmax, how->scale, how->zero_point};
@@ -218,6 +228,26 @@ QKIT_API int32_t qkit_linear(const qkit_weight* weight, const qkit_acts* how, co
         }
     }
     return 0;
+}
+
+}  // namespace
+
+QKIT_API int32_t qkit_linear(const qkit_weight* weight, const qkit_acts* how, const void* x,
+                             int32_t dtype, int64_t rows, void* out, int32_t threads) {
+    const int64_t most = how->kind == EXACT ? ROWS : MOST_ROWS;
+    const int64_t split = runs(rows, most, threads), run = ceil_div(rows, split);
+    if (split <= 1) return linear(weight, how, x, dtype, rows, out, threads);
+    const int64_t given = weight->columns * bytes_of(dtype), made = weight->n * bytes_of(dtype);
+    const int64_t cost = run * weight->columns * weight->n / 16;
+    std::atomic<int32_t> failed{0};
+    parallel(split, cost, threads, [&](int64_t first, int64_t last) {
+        first *= run;
+        last = last * run < rows ? last * run : rows;
+        if (first < last && linear(weight, how, (const char*)x + first * given, dtype,
+                                   last - first, (char*)out + first * made, 1))
+            failed = 1;
+    });
+    return failed;
 }
 
 QKIT_API int32_t qkit_decode(const qkit_weight* weight, const int64_t* index, int64_t count,
