@@ -58,7 +58,7 @@ PLANS = {
     "compression": Plan(
         ([],), (["--quick", "--seeds=1", "--case=lenet-300-100", "--case=distill"],)
     ),
-    "contenders": Plan(([],), (["--case=digits", "--runs=1", "--seconds=0.05"],)),
+    "contenders": Plan(([],), (["--case=digits", "--runs=1", "--tries=1", "--seconds=0.05"],)),
     "pruning": Plan(
         ([f"--results={OUT}"],),
         ([f"--results={OUT}", "--quick", "--seconds=0.02", "--model=LSTM"],),

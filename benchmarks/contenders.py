@@ -1,13 +1,16 @@
 """One model as six contenders, by ``qkit bench``: its reports, and whether it says the same again.
 
-    python benchmarks/contenders.py [--case digits] [--runs 11] [--reports FOLDER]
+    python benchmarks/contenders.py [--case digits] [--runs 11] [--tries 33] [--reports FOLDER]
 
 The trained digits CNN and MiniLM (32 tokens) in float, twice, and as `w8a16`, `w4a16-g32` and int8
 for Inductor, XNNPACK and ONNX Runtime: static for the CNN, with dynamic ranges for MiniLM. Each is
-made by ``qkit quantize``, and ``qkit bench`` measures all of them ``--runs`` times. A line is one
-contender in one run: its median and interval in milliseconds (``ms``, ``ci``), ``within``, whether
-the median lies in the interval that the first run stated, the ``speedup`` over float with what may
-be said of it (``verdict``), bytes, error and metric; ``quiet`` is what the run says of the machine.
+made by ``qkit quantize``, and ``qkit bench`` measures all of them until ``--runs`` were on an idle
+machine: one that the run calls quiet and, as other guests of one host can slow a machine down for
+minutes, whose pace (a fixed piece of work, before and after) is that of the first idle run within
+5 %. A run waits for that pace, two minutes at most, and ``--tries`` ends it all. A line is one
+contender in one run: whether it was ``idle``, its median and interval in milliseconds (``ms``,
+``ci``), ``within``, whether the median lies in the interval that the first idle run stated, the
+``speedup`` over float with what may be said of it (``verdict``), bytes, error and metric.
 ``float again`` is the same file as ``float``: nothing but "not distinguishable" is right there.
 """
 
@@ -17,6 +20,7 @@ import argparse
 import json
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +33,16 @@ from torch import Tensor
 
 from qkit.flows.demo import load_digits, prepare
 from qkit.report.bench import BenchReport
+from qkit.report.noise import pace
 from qkit.targets.trial import fresh_command
 
 HERE = Path(__file__).resolve().parent
 FLOAT, AGAIN = "float", "float again"
 TARGETS = ("inductor", "xnnpack", "onnx")
 LENGTH = 32  # tokens
+# How much the pace of an idle machine may differ from one run to another; seconds to wait for it;
+# and how often it is taken, once a second, to know what it can be.
+SAME_PACE, PATIENCE, PROBES = 0.05, 120, 10
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Case:
     """A model that ``made`` writes below a folder, returning it and its inputs (.npz), and the
     scheme that the runtimes for integers are given."""
 
+    name: str
     made: Callable[[Path], tuple[Path, Path]]
     int8: str
     metric: str
@@ -104,8 +113,8 @@ def embedding_cosine(run: Callable[..., Tensor | tuple[Tensor, ...]]) -> float:
 
 
 CASES = {
-    "digits": Case(digits, "int8-static", "accuracy"),
-    "MiniLM": Case(minilm, "int8-dynamic", "embedding_cosine"),
+    "digits": Case("digits", digits, "int8-static", "accuracy"),
+    "MiniLM": Case("MiniLM", minilm, "int8-dynamic", "embedding_cosine"),
 }
 
 
@@ -139,6 +148,53 @@ def command(*words: str | Path) -> None:
     subprocess.run(run, check=True, stdout=subprocess.DEVNULL, cwd=HERE)
 
 
+def same_pace(pace: float, known: float) -> bool:
+    return abs(pace / known - 1) <= SAME_PACE
+
+
+def await_pace(known: float | None) -> None:
+    """Return when the machine is as fast as it was, or when that took too long; at first, as fast
+    as it has been within some seconds."""
+    if known is None:
+        known = min(pace() for _ in range(PROBES) if not time.sleep(1))
+    until = time.monotonic() + PATIENCE
+    while not same_pace(pace(), known) and time.monotonic() < until:
+        time.sleep(1)
+
+
+def idle(report: BenchReport, first: BenchReport | None) -> bool:
+    """Whether the machine had nothing else to do, and was as fast as in the ``first`` idle run."""
+    paces = report.noise.pace
+    if not report.noise.quiet or paces is None:
+        return False
+    known = paces if first is None else first.noise.pace
+    return known is not None and all(same_pace(each, min(known)) for each in paces)
+
+
+def runs(
+    case: Case, contenders: dict[str, Path], inputs: Path, folder: Path, options: argparse.Namespace
+) -> Iterator[tuple[int, bool, BenchReport, BenchReport]]:
+    """Each run by number, whether the machine was idle, its report, and that of the first one that
+    it was (until then, its own)."""
+    first: BenchReport | None = None
+    done = 0
+    for run in range(options.tries):
+        if options.tries > 1:
+            known = None if first is None else first.noise.pace
+            await_pace(None if known is None else min(known))
+        given = [f"--seconds={options.seconds}"]
+        if options.reports and not run:
+            options.reports.mkdir(parents=True, exist_ok=True)
+            given += ["--report", str(options.reports / f"{case.name}.html"), "--overwrite"]
+        report = measured(case, contenders, inputs, folder / f"run-{run}", *given)
+        good = idle(report, first)
+        first = first or (report if good else None)
+        yield run, good, report, first or report
+        done += good
+        if done == options.runs:
+            return
+
+
 def records(report: BenchReport, first: BenchReport) -> Iterator[dict[str, Any]]:
     """The lines of one run."""
     stated = {each.name: each.timings[0] for each in first.contenders if each.timings}
@@ -169,26 +225,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--case", choices=CASES, action="append", help="one case [both]")
-    parser.add_argument("--runs", type=int, default=11, help="of qkit bench [11]")
+    parser.add_argument("--runs", type=int, default=11, help="on an idle machine [11]")
+    parser.add_argument("--tries", type=int, help="runs in all, idle or not [3 times as many]")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each contender [2]")
     parser.add_argument("--reports", type=Path, help="keep CASE.html of the first run here")
     options = parser.parse_args()
+    options.tries = options.tries or 3 * options.runs
     tell_head()
     for name in options.case or CASES:
         case = CASES[name]
         with tempfile.TemporaryDirectory(prefix="qkit-contenders-") as text:
             folder = Path(text)
             contenders, inputs = prepared(case, folder)
-            first = None
-            for run in range(options.runs):
-                given = [f"--seconds={options.seconds}"]
-                if options.reports and not run:
-                    options.reports.mkdir(parents=True, exist_ok=True)
-                    given += ["--report", str(options.reports / f"{name}.html"), "--overwrite"]
-                report = measured(case, contenders, inputs, folder / f"run-{run}", *given)
-                first = first or report
+            for run, good, report, first in runs(case, contenders, inputs, folder, options):
                 for record in records(report, first):
-                    say(case=name, run=run, quiet=report.noise.quiet, **record)
+                    say(case=name, run=run, idle=good, pace=report.noise.pace, **record)
 
 
 if __name__ == "__main__":

@@ -173,10 +173,11 @@ def pruning() -> str:
     for name, record in found.items():
         ours, peer = record.get("qkit", {}), record.get("torch-pruning", {})
         shares = [f"{ours[key]:.0%}" if key in ours else "" for key in ("macs", "params", "file")]
-        speeds = [_speeds(row) for row in (ours, peer)]
-        rows.append([name, record["status"], *shares, speeds[0], speeds[1]])
+        left = f"{peer['macs']:.0%}" if "macs" in peer else ""
+        rows.append([name, record["status"], *shares, _speeds(ours), left, _speeds(peer)])
     head = ["architecture", "qkit", "multiply-adds left", "parameters", "file", "faster"]
-    return markdown([*head, "Torch-Pruning, faster"], rows) if rows else ""
+    peers = ["Torch-Pruning: multiply-adds left", "faster"]
+    return markdown([*head, *peers], rows) if rows else ""
 
 
 def _speeds(row: dict[str, Any]) -> str:
@@ -274,7 +275,7 @@ def contenders() -> str:
     rows = []
     for case, name in dict.fromkeys((r["case"], r["contender"]) for r in records):
         found = [r for r in records if (r["case"], r["contender"]) == (case, name)]
-        first, again = found[0], found[1:]
+        first, *again = [r for r in found if r["idle"]] or found[:1]
         if first.get("failure"):
             rows.append([case, name, f"failed: {first['failure'][:80]}", *[""] * 5])
             continue

@@ -2,7 +2,8 @@
 
 What disturbs is looked for where it comes from (:class:`Pulse`: other programs, the host of a
 virtual machine, a falling clock) and where it shows (the baseline, which is timed all the time, and
-should take the same all the time).
+should take the same all the time). A machine that is slower from the first round to the last, as
+beside busy neighbours on one host, shows only beside another run: by its :func:`pace`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 
 from qkit.report.machine import file_text
 from qkit.report.statistics import Series, as_series
@@ -29,6 +32,10 @@ MAX_DRIFT, MAX_RESTART = 0.05, 0.05
 MAX_SPREAD = 0.2
 # Each of the three parts that are compared must have some rounds.
 MIN_THIRD = 3
+# By how much the pace may change within a run, or from one to another.
+MAX_PACE = 0.1
+# The work of the pace: products of square matrices of so many rows, after some to wake the threads.
+PACE_ROWS, PACE_WARM, PACE_TIMES = 256, 20, 100
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Pulse:
     ``busy``, ``stolen`` and ``ticks``: what all processors did, took for the host, and could have
     done since they were started, in ticks; ``own`` the seconds of this process and of those it has
     waited for; ``megahertz`` the fastest clock; ``throttled`` how often they were too hot;
-    ``load`` the load average of the last minute.
+    ``load`` the load average of the last minute; ``pace`` see :func:`pace`.
     """
 
     busy: int | None = None
@@ -48,10 +55,25 @@ class Pulse:
     megahertz: float | None = None
     throttled: int | None = None
     load: float | None = None
+    pace: float | None = None
+
+
+def pace() -> float:
+    """Milliseconds that a fixed piece of work takes now: one product of two fp32 matrices of 256
+    rows, on all of torch's threads (the median of 100, about 30 ms in all). A figure of the machine
+    and its state, for comparing two runs; by itself it says nothing."""
+    a = torch.ones(PACE_ROWS, PACE_ROWS)
+    times = []
+    with torch.no_grad():
+        for _ in range(PACE_WARM + PACE_TIMES):
+            start = perf_counter()
+            torch.mm(a, a)
+            times.append(perf_counter() - start)
+    return round(1e3 * float(np.median(times[PACE_WARM:])), 5)
 
 
 def pulse(root: Path = Path("/")) -> Pulse:
-    """The state of the machine now, from the system's files below ``root``."""
+    """The state of the machine now, but for its pace, from the system's files below ``root``."""
     times = os.times()
     own = times.user + times.system + times.children_user + times.children_system
     busy = stolen = ticks = None
@@ -88,8 +110,8 @@ def pulse(root: Path = Path("/")) -> Pulse:
 class Noise:
     """``quiet`` unless there are ``reasons`` for doubt. The figures behind it, where known:
     ``others`` and ``stolen`` shares of the processors' time, ``load`` average before it began,
-    clock in ``megahertz`` before and after; of the baseline, the largest ``drift``, ``spread`` and
-    ``restart`` (:func:`judge`)."""
+    clock in ``megahertz`` and :func:`pace` in milliseconds before and after; of the baseline, the
+    largest ``drift``, ``spread`` and ``restart`` (:func:`judge`)."""
 
     quiet: bool
     reasons: tuple[str, ...] = ()
@@ -100,13 +122,14 @@ class Noise:
     drift: float | None = None
     spread: float | None = None
     restart: float | None = None
+    pace: tuple[float, float] | None = None
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Noise:
-        """What ``asdict`` of it gives, as JSON has it."""
-        clocks = data["megahertz"]
-        lists = {"reasons": tuple(data["reasons"]), "megahertz": clocks and tuple(clocks)}
-        return Noise(**data | lists)
+        """What ``asdict`` of it gives, as JSON has it (also without a pace, as it once was)."""
+        pairs = {name: data.get(name) for name in ("megahertz", "pace")}
+        lists = {name: pair and tuple(pair) for name, pair in pairs.items()}
+        return Noise(**data | lists | {"reasons": tuple(data["reasons"])})
 
 
 def judge(before: Pulse, after: Pulse, baseline: Mapping[str, Series]) -> Noise:
@@ -126,6 +149,12 @@ def judge(before: Pulse, after: Pulse, baseline: Mapping[str, Series]) -> Noise:
     if before.throttled is not None and (after.throttled or 0) > before.throttled:
         times = (after.throttled or 0) - before.throttled
         reasons.append(f"the processor was too hot and slowed down {times} times")
+    paces = None
+    if before.pace and after.pace:
+        paces = (before.pace, after.pace)
+        if abs(change := paces[1] / paces[0] - 1) > MAX_PACE:
+            how = "longer" if change > 0 else "less"
+            reasons.append(f"a fixed piece of work took {abs(change):.0%} {how} at the end")
     worst: dict[str, float] = {}
     for where, series in baseline.items():
         for kind, share, text in _signs(series):
@@ -133,9 +162,8 @@ def judge(before: Pulse, after: Pulse, baseline: Mapping[str, Series]) -> Noise:
                 worst[kind] = share
             if text is not None:
                 reasons.append(f"{where}: {text}")
-    return Noise(
-        not reasons, tuple(reasons), others, stolen, before.load, clocks, **_rounded(worst)
-    )
+    known = (others, stolen, before.load, clocks)
+    return Noise(not reasons, tuple(reasons), *known, pace=paces, **_rounded(worst))
 
 
 def _rounded(figures: Mapping[str, float]) -> dict[str, Any]:

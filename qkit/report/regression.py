@@ -19,6 +19,7 @@ import numpy as np
 
 from qkit.errors import InputError, UsageError, nearest
 from qkit.report.bench import KIND, BenchReport
+from qkit.report.noise import MAX_PACE
 from qkit.report.statistics import (
     LEVEL,
     MIN_ROUNDS,
@@ -41,7 +42,8 @@ _MACHINE = ("cpu", "arch", "isa", "cores", "threads")
 
 @dataclass(frozen=True)
 class Run:
-    """One file: what wrote it, where and when, and milliseconds ``[starts, rounds]`` by name."""
+    """One file: what wrote it, where and when, and milliseconds ``[starts, rounds]`` by name;
+    ``pace`` is that of the machine then (:func:`~qkit.report.noise.pace`), if the file tells."""
 
     path: str
     maker: str
@@ -51,6 +53,7 @@ class Run:
     date: str
     commit: str | None = None
     remarks: tuple[str, ...] = ()
+    pace: float | None = None
 
     def facts(self) -> dict[str, Any]:
         """All but the series, as plain data."""
@@ -137,9 +140,11 @@ def _of_bench(where: str, report: BenchReport) -> Run:
     for each in report.contenders:
         for timing in each.timings:
             _add(series, remarks, f"{each.name}, {timing.place}", timing.rounds)
+    pace = report.noise.pace
     return Run(
         *(where, BENCH, series, report.machine, report.versions, report.date),
         remarks=tuple(remarks),
+        pace=None if pace is None else sum(pace) / 2,
     )
 
 
@@ -226,6 +231,12 @@ def compare_runs(
         remarks.append(f"two machines: {told}")
     packages = [name for name in before.versions if name in after.versions and name != "qkit"]
     remarks += _differences(before.versions, after.versions, packages)
+    if before.pace and after.pace and abs(slower := after.pace / before.pace - 1) > MAX_PACE:
+        how = "slower" if slower > 0 else "faster"
+        remarks.append(
+            f"the machine itself was {how} the second time: a fixed piece of work took "
+            f"{after.pace / before.pace:.2f} times as long"
+        )
     found = {name: separate_ratio(before.series[name], after.series[name]) for name in shared}
     drift = _drift(found, control)
     rows = []

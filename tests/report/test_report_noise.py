@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qkit.report.noise import MAX_DRIFT, Noise, Pulse, judge, pulse
+from qkit.report.noise import MAX_DRIFT, Noise, Pulse, judge, pace, pulse
 
 TICKS = os.sysconf("SC_CLK_TCK")
 BEFORE = Pulse(0, 0, 0, 0.0, 3000.0, 0, 0.1)
@@ -45,10 +45,12 @@ def test_nothing_is_known():
         ({"stolen": TICKS}, "the host of this virtual machine took 5%"),
         ({"megahertz": 2000.0}, "the clock fell from 3000 to 2000 MHz"),
         ({"throttled": 3}, "slowed down 3 times"),
+        ({"pace": 0.3}, "a fixed piece of work took 50% longer at the end"),
+        ({"pace": 0.1}, "a fixed piece of work took 50% less at the end"),
     ],
 )
 def test_what_the_system_tells(change, told):
-    assert told in reasons(replace(AFTER, **change))
+    assert told in reasons(replace(AFTER, **change), before=replace(BEFORE, pace=0.2))
 
 
 def test_our_own_work_is_no_noise():
@@ -85,9 +87,16 @@ def test_json():
     again = Noise.from_json(json.loads(json.dumps(asdict(found), allow_nan=False)))
     assert again == found
     assert Noise.from_json(asdict(Noise(True))) == Noise(True)
+    old = {key: value for key, value in asdict(found).items() if key != "pace"}
+    assert Noise.from_json(old) == found
 
 
 # The pulse
+
+
+def test_the_pace_is_that_of_products():
+    """No more than a plain loop takes, and no less than 10^13 multiply-adds a second would."""
+    assert 256**3 / 1e13 < pace() / 1e3 < 1
 
 
 def write(root: Path, name: str, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,16 @@ def test_a_control_tells_the_machine_from_the_code(tmp_path: Path) -> None:
     assert told.slower[0].ratio == pytest.approx(1.4 / 2.0)
     with pytest.raises(UsageError, match="matches the control"):
         compare_runs(*runs, control="nothing*")
+
+
+@pytest.mark.parametrize(("pace", "told"), [(0.3, "slower"), (0.15, "faster"), (0.205, None)])
+def test_a_slower_machine_is_told_by_its_pace(tmp_path: Path, pace: float, told: str | None):
+    before, after = (run_of(tmp_path, name, {"b": timings(1.0)}) for name in ("a", "b"))
+    changes = compare_runs(replace(before, pace=0.2), replace(after, pace=pace))
+    found = [remark for remark in changes.remarks if "fixed piece of work" in remark]
+    assert len(found) == (told is not None)
+    assert told is None or told in found[0]
+    assert not any("fixed piece" in remark for remark in compare_runs(before, after).remarks)
 
 
 def test_what_one_run_alone_has_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,7 @@ from qkit.flows.evaluate import COMPARED_SAMPLES, AnyInputs
 from qkit.models import Inputs, leading
 from qkit.report import machine, versions
 from qkit.report.bench import BenchReport
-from qkit.report.noise import judge, pulse
+from qkit.report.noise import judge, pace, pulse
 from qkit.report.statistics import MIN_ROUNDS
 from qkit.targets.weights import save_tensors
 
@@ -97,9 +98,9 @@ def bench(
             folder=folder,
             told=told,
         )
-        before = pulse()
+        before = replace(pulse(), pace=pace())
         found = Campaign(chosen, setting).run()
-        after = pulse()
+        after = replace(pulse(), pace=pace())
         rows = contenders(chosen, found, reference, leading(compared), batches[0])
     return BenchReport(
         baseline=reference,
