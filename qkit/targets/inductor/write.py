@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qkit.errors import RequestError, first_line
 from qkit.graph import Captured, export, quiet
+from qkit.targets.inductor.layout import for_example_sizes
 from qkit.targets.staging import as_output_error
 
 # The name of everything in a package, and of what it says about its inputs.
@@ -131,7 +132,7 @@ def write(module: nn.Module, captured: Captured, path: Path) -> None:
                 from torch._inductor import aoti_compile_and_package
                 from torch._inductor.utils import fresh_cache
 
-                with fresh_cache(dir=folder):
+                with fresh_cache(dir=folder), for_example_sizes():
                     aoti_compile_and_package(
                         program, package_path=str(built), inductor_configs=settings
                     )
