@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, action="append", help="one case [both]")
     parser.add_argument("--runs", type=int, default=11, help="on an idle machine [11]")
     parser.add_argument("--tries", type=int, help="runs in all, idle or not [3 times as many]")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each contender [2]")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each contender [1]")
     parser.add_argument("--reports", type=Path, help="keep CASE.html of the first run here")
     options = parser.parse_args()
     options.tries = options.tries or 3 * options.runs

@@ -94,9 +94,9 @@ def test_json():
 # The pulse
 
 
-def test_the_pace_is_that_of_products():
-    """No more than a plain loop takes, and no less than 10^13 multiply-adds a second would."""
-    assert 256**3 / 1e13 < pace() / 1e3 < 1
+def test_the_pace_is_that_of_a_piece_of_work():
+    """In seconds more than 10^13 multiply-adds a second would take, and 10^10 turns of a loop."""
+    assert 256**3 / 1e13 + 3000 / 1e10 < pace() / 1e3 < 1
 
 
 def write(root: Path, name: str, text: str) -> None:
