@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 # One of several processes that share the tests (``-n``) leaves the other processors to the others.
@@ -53,6 +54,15 @@ def usual_signals() -> Iterator[None]:
     yield
     for number, handler in SIGNALS.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """What a test compiled does not count for the next one: torch refuses the ninth version of the
+    same ``forward``, as that of ``nn.Sequential`` is, with ``fullgraph``."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

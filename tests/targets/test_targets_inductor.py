@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qkit import errors
 from qkit.flows.pt2e import convert
-from qkit.graph import capture
+from qkit.graph import capture, quiet
 from qkit.spec import parse
 from qkit.targets.backend import Converted
 from qkit.targets.inductor import BACKEND
@@ -97,8 +97,8 @@ def test_settings_are_what_they_were_after_an_error(linear, tmp_path):
     compiler = tmp_path / "broken"
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "g++ 13" || exit 3\n')
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
-    from torch._inductor import freezing  # which warns of what it imports
-
+    with quiet():  # it warns of what it imports
+        from torch._inductor import freezing
     config, passes = torch._inductor.config, freezing.freezing_passes
     with config.patch({"cpp.cxx": str(compiler), "freezing": False}):
         before = config.save_config_portable()
