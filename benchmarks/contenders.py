@@ -113,8 +113,11 @@ def embedding_cosine(run: Callable[..., Tensor | tuple[Tensor, ...]]) -> float:
 
 
 CASES = {
-    "digits": Case("digits", digits, "int8-static", "accuracy"),
-    "MiniLM": Case("MiniLM", minilm, "int8-dynamic", "embedding_cosine"),
+    case.name: case
+    for case in (
+        Case("digits", digits, "int8-static", "accuracy"),
+        Case("MiniLM", minilm, "int8-dynamic", "embedding_cosine"),
+    )
 }
 
 
@@ -148,27 +151,30 @@ def command(*words: str | Path) -> None:
     subprocess.run(run, check=True, stdout=subprocess.DEVNULL, cwd=HERE)
 
 
-def same_pace(pace: float, known: float) -> bool:
-    return abs(pace / known - 1) <= SAME_PACE
+def same(found: float, known: float) -> bool:
+    """Whether two paces are one."""
+    return abs(found / known - 1) <= SAME_PACE
 
 
 def await_pace(known: float | None) -> None:
-    """Return when the machine is as fast as it was, or when that took too long; at first, as fast
-    as it has been within some seconds."""
-    if known is None:
-        known = min(pace() for _ in range(PROBES) if not time.sleep(1))
+    """Return when the machine's pace is ``known`` (None: the best within some seconds), or when
+    that took too long."""
+    probes = []
+    while known is None:
+        time.sleep(1)
+        probes.append(pace())
+        known = min(probes) if len(probes) == PROBES else None
     until = time.monotonic() + PATIENCE
-    while not same_pace(pace(), known) and time.monotonic() < until:
+    while not same(pace(), known) and time.monotonic() < until:
         time.sleep(1)
 
 
-def idle(report: BenchReport, first: BenchReport | None) -> bool:
-    """Whether the machine had nothing else to do, and was as fast as in the ``first`` idle run."""
+def idle(report: BenchReport, known: float | None) -> bool:
+    """Whether the machine had nothing else to do, and kept its pace, ``known`` if it is."""
     paces = report.noise.pace
     if not report.noise.quiet or paces is None:
         return False
-    known = paces if first is None else first.noise.pace
-    return known is not None and all(same_pace(each, min(known)) for each in paces)
+    return all(same(each, known or min(paces)) for each in paces)
 
 
 def runs(
@@ -179,15 +185,15 @@ def runs(
     first: BenchReport | None = None
     done = 0
     for run in range(options.tries):
+        known = min(first.noise.pace) if first and first.noise.pace else None
         if options.tries > 1:
-            known = None if first is None else first.noise.pace
-            await_pace(None if known is None else min(known))
+            await_pace(known)
         given = [f"--seconds={options.seconds}"]
         if options.reports and not run:
             options.reports.mkdir(parents=True, exist_ok=True)
             given += ["--report", str(options.reports / f"{case.name}.html"), "--overwrite"]
         report = measured(case, contenders, inputs, folder / f"run-{run}", *given)
-        good = idle(report, first)
+        good = idle(report, known)
         first = first or (report if good else None)
         yield run, good, report, first or report
         done += good

@@ -94,7 +94,6 @@ def test_compiled(family: str) -> None:
 
     torch._dynamo.reset()
     outputs = run(torch.compile(made.qmodel, backend=keep), trial.given(made.family))
-    torch._dynamo.reset()
     page.FOUND[family, "compile"] = str(len(graphs))
     trial.same_outputs(made.outputs, outputs)
 
@@ -107,7 +106,6 @@ def test_inductor_compiles(family: str) -> None:
     made = quantized(family, "w4a16-g32")
     torch._dynamo.reset()
     outputs = run(torch.compile(made.qmodel), trial.given(made.family))
-    torch._dynamo.reset()
     trial.same_outputs(made.outputs, outputs)
 
 
