@@ -4,13 +4,17 @@
 
 The trained digits CNN and MiniLM (32 tokens) in float, twice, and as `w8a16`, `w4a16-g32` and int8
 for Inductor, XNNPACK and ONNX Runtime: static for the CNN, with dynamic ranges for MiniLM. Each is
-made by ``qkit quantize``, and ``qkit bench`` measures all of them until ``--runs`` were on an idle
-machine: one that the run calls quiet and, as other guests of one host can slow a machine down for
-minutes, whose pace (a fixed piece of work, before and after) is that of the first idle run within
-5 %. A run waits for that pace, two minutes at most, and ``--tries`` ends it all. A line is one
-contender in one run: whether it was ``idle``, its median and interval in milliseconds (``ms``,
-``ci``), ``within``, whether the median lies in the interval that the first idle run stated, the
-``speedup`` over float with what may be said of it (``verdict``), bytes, error and metric.
+made by ``qkit quantize`` and runs on one thread: a virtual machine's processors are moved from one
+core to another, and how long two threads wait for each other changes with how far they are apart
+(on two threads the CNN takes 0.16 ms, or 0.27 for seconds at a time, and 0.17 on one).
+
+``qkit bench`` measures all of them until ``--runs`` were on an idle machine: one that the run calls
+quiet and, as other guests of one host can slow a machine down for minutes, whose pace (a fixed
+piece of work, before and after) is that of the first idle run within 5 %. A run waits for that
+pace, two minutes at most, and ``--tries`` ends it all. A line is one contender in one run: whether
+it was ``idle``, its median and interval in milliseconds (``ms``, ``ci``), ``within``, whether the
+median lies in the interval that the first idle run stated, the ``speedup`` over float with what may
+be said of it (``verdict``), bytes, error and metric.
 ``float again`` is the same file as ``float``: nothing but "not distinguishable" is right there.
 """
 
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -40,6 +45,7 @@ HERE = Path(__file__).resolve().parent
 FLOAT, AGAIN = "float", "float again"
 TARGETS = ("inductor", "xnnpack", "onnx")
 LENGTH = 32  # tokens
+THREADS = 1
 # How much the pace of an idle machine may differ from one run to another; seconds to wait for it;
 # and how often it is taken, once a second, to know what it can be.
 SAME_PACE, PATIENCE, PROBES = 0.05, 120, 10
@@ -148,7 +154,8 @@ def measured(
 def command(*words: str | Path) -> None:
     """Run ``qkit`` from this folder, where the metrics are found; its errors are shown."""
     run = fresh_command("qkit", *map(str, words), "-q")
-    subprocess.run(run, check=True, stdout=subprocess.DEVNULL, cwd=HERE)
+    threads = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
+    subprocess.run(run, check=True, stdout=subprocess.DEVNULL, cwd=HERE, env=threads)
 
 
 def same(found: float, known: float) -> bool:
@@ -237,6 +244,7 @@ def main() -> None:
     parser.add_argument("--reports", type=Path, help="keep CASE.html of the first run here")
     options = parser.parse_args()
     options.tries = options.tries or 3 * options.runs
+    torch.set_num_threads(THREADS)
     tell_head()
     for name in options.case or CASES:
         case = CASES[name]
