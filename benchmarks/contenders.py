@@ -4,9 +4,9 @@
 
 The trained digits CNN and MiniLM (32 tokens) in float, twice, and as `w8a16`, `w4a16-g32` and int8
 for Inductor, XNNPACK and ONNX Runtime: static for the CNN, with dynamic ranges for MiniLM. Each is
-made by ``qkit quantize`` and runs on one thread: a virtual machine's processors are moved from one
-core to another, and how long two threads wait for each other changes with how far they are apart
-(on two threads the CNN takes 0.16 ms, or 0.27 for seconds at a time, and 0.17 on one).
+made by ``qkit quantize`` and runs on one thread: how long two threads wait for each other changes
+on a virtual machine, probably with the cores that the host gives it (on two threads the CNN takes
+0.16 ms, or 0.27 for seconds at a time, and 0.17 on one).
 
 ``qkit bench`` measures all of them until ``--runs`` were on an idle machine: one that the run calls
 quiet and, as other guests of one host can slow a machine down for minutes, whose pace (a fixed
