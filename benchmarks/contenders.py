@@ -154,8 +154,7 @@ def measured(
 def command(*words: str | Path) -> None:
     """Run ``qkit`` from this folder, where the metrics are found; its errors are shown."""
     run = fresh_command("qkit", *map(str, words), "-q")
-    threads = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
-    subprocess.run(run, check=True, stdout=subprocess.DEVNULL, cwd=HERE, env=threads)
+    subprocess.run(run, check=True, stdout=subprocess.DEVNULL, cwd=HERE)
 
 
 def same(found: float, known: float) -> bool:
@@ -244,6 +243,7 @@ def main() -> None:
     parser.add_argument("--reports", type=Path, help="keep CASE.html of the first run here")
     options = parser.parse_args()
     options.tries = options.tries or 3 * options.runs
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the processes that are started
     torch.set_num_threads(THREADS)
     tell_head()
     for name in options.case or CASES:
